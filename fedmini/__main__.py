@@ -1,0 +1,6 @@
+"""`python -m fedmini` is the command line."""
+
+from fedmini.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What a person sees in the terminal: live progress, the plan before a run, and what happened after it."""
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedmini.config import RunConfig
+from fedmini.types import ADJACENCY, Manifest
+
+if TYPE_CHECKING:  # a plan is shown without loading torch
+    from fedmini.planning import Forecast, UnitForecast
+    from fedmini.simulation import Progress, SimulationResult
+
+NO_PRIVACY_BANNER = "NO PRIVACY: [privacy] none = true. The adapter may reveal what any one example says."
+SEEDED_BANNER = "SEEDED: run.seed is set. The noise can be taken away by whoever has the seed: this protects nobody."
+
+
+class ProgressDisplay:
+    """A live display of a simulation: round, devices, loss, epsilon, time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._is_live = console.is_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if self._is_live else None
+        self._started = time.monotonic()
+        self._first_work: tuple[float, float] | None = None  # when, and how many rounds were done then
+        self._last_line = ""
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, progress: "Progress") -> None:
+        """Show where the simulation is."""
+        if progress.note:
+            self._print(progress.note)
+        elif progress.stage == "round" and progress.device_index == 0 and progress.loss is not None:
+            self._print(_round_line(progress, self._time_left(progress)))
+        if self._live is not None:
+            self._live.update(self._render(progress))
+
+    def _print(self, line: str) -> None:
+        if line != self._last_line:
+            elapsed = time.monotonic() - self._started
+            self._console.print(f"[{elapsed:6.1f} s] {line}", markup=False, highlight=False)
+            self._last_line = line
+
+    def _render(self, progress: "Progress") -> Group:
+        done = _rounds_done(progress)
+        head = Text(f"round {min(progress.round_num + 1, progress.num_rounds)} of {progress.num_rounds}")
+        if progress.stage == "evaluation":
+            head.append("   measuring the loss on people who take no part")
+        elif progress.num_devices:
+            head.append(f"   device {progress.device_index} of {progress.num_devices}")
+        numbers = Text(_numbers(progress, self._time_left(progress)))
+        bar = ProgressBar(total=max(progress.num_rounds, 1), completed=done, width=60)
+        return Group(head, bar, numbers)
+
+    def _time_left(self, progress: "Progress") -> float | None:
+        done, now = _rounds_done(progress), time.monotonic()
+        if progress.stage != "round":
+            return None
+        if self._first_work is None:
+            self._first_work = (now, done)
+        since, before = self._first_work
+        if done - before <= 0 or progress.num_rounds == 0:
+            return None
+        return (now - since) / (done - before) * (progress.num_rounds - done)
+
+
+def _rounds_done(progress: "Progress") -> float:
+    part = progress.device_index / progress.num_devices if progress.num_devices else 0.0
+    return progress.round_num + part
+
+
+def _numbers(progress: "Progress", seconds_left: float | None) -> str:
+    parts = []
+    if progress.loss is not None:
+        parts.append(f"loss on unseen people {progress.loss:.3f} nats/token")
+    for unit, epsilon in (progress.epsilon or {}).items():
+        parts.append(f"epsilon {epsilon:.2f} per {unit}")
+    if seconds_left is not None:
+        parts.append(f"{_duration(seconds_left)} left")
+    return "   ".join(parts)
+
+
+def _round_line(progress: "Progress", seconds_left: float | None) -> str:
+    return f"round {progress.round_num} of {progress.num_rounds}:   {_numbers(progress, seconds_left)}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def print_result(console: Console, result: "SimulationResult") -> None:
+    """What happened, in plain words, and what to do next."""
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    change = result.loss_after - result.loss_before
+    line("")
+    line(
+        f"Loss on {result.evaluated_on}: {result.loss_before:.3f} before, {result.loss_after:.3f} after "
+        f"({change:+.3f} nats a token)."
+    )
+    for sentence in privacy_sentences(result.privacy):
+        line(sentence)
+    last = result.history[-1]
+    num_rounds = int(last["round"])
+    upload, download = int(last["upload_bytes_per_device"]), int(last["download_bytes_per_device"])
+    line(
+        f"Each device sent {_bytes(upload)} a round and received {_bytes(download)}: "
+        f"at most {_bytes(upload * num_rounds)} and {_bytes(download * num_rounds)} in {num_rounds} rounds."
+    )
+    line(f"Adapter: {result.path / 'adapter'}")
+    line(f"Report:  {result.path / 'report.html'}   (privacy statement: {result.path / 'privacy.json'})")
+    line(f"Talk to it:  {program()} chat --adapter {shlex.quote(str(result.path / 'adapter'))}")
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What has to be said loudly before a run begins."""
+    found = [NO_PRIVACY_BANNER] if config.privacy.none else []
+    return found if config.run.seed is None else [*found, SEEDED_BANNER]
+
+
+def privacy_sentences(privacy: Mapping[str, Any]) -> list[str]:
+    """What was promised, one sentence a guarantee; loud where nothing was."""
+    if not privacy["guarantees"]:
+        return [NO_PRIVACY_BANNER]
+    sentences = [SEEDED_BANNER] if privacy["noise_was_seeded"] else []
+    for found in privacy["guarantees"]:
+        sentences.append(
+            f"Privacy: epsilon {found['epsilon']:.2f} at delta {found['delta']:g} for {found['adjacency']}; "
+            f"holds against {found['holds_against']}."
+        )
+        if "epsilon_of_a_lone_honest_device" in found:
+            sentences.append(
+                f"         It rests on {found['n_honest']} honest devices in every round; if one alone were honest, "
+                f"its epsilon would be {found['epsilon_of_a_lone_honest_device']:.1f}."
+            )
+    return sentences
+
+
+def print_plan(console: Console, manifest: Manifest, forecast: "Forecast", describe: Mapping[str, str]) -> None:
+    """What a run will do and cost, before it does."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in describe.items():
+        table.add_row(name, value)
+    table.add_row(
+        "trained",
+        f"{forecast.num_coordinates - manifest.release.num_metrics:,} coordinates "
+        f"(rank {manifest.lora.lora_rank}, {manifest.lora.trained}, {', '.join(manifest.lora.target_modules)})",
+    )
+    table.add_row(
+        "a device",
+        f"sends {_bytes(forecast.upload_bytes_per_device)} and receives {_bytes(forecast.download_bytes_per_device)} "
+        f"a round ({manifest.release.modulus_bits}-bit integers)",
+    )
+    for unit in forecast.units:
+        _add_unit(table, unit)
+    if not forecast.units:
+        table.add_row("privacy", NO_PRIVACY_BANNER)
+    if forecast.noise_to_signal is not None:
+        table.add_row("noise", _noise_sentence(manifest, forecast))
+    console.print(table)
+
+
+def _add_unit(table: Table, found: "UnitForecast") -> None:
+    plan = found.plan
+    table.add_row(
+        f"per {plan.unit}",
+        f"epsilon {found.epsilon:.3f} at delta {plan.target_delta:g} after {found.num_releases} releases; "
+        f"noise multiplier {plan.noise_multiplier:.4f} (effective {plan.z_eff:.4f}), clip norm {plan.clip_norm:g}, "
+        f"noise {plan.noise}",
+    )
+    table.add_row("", f"protects {ADJACENCY[plan.unit]}")
+    if found.epsilon_lone is not None:
+        table.add_row(
+            "",
+            f"rests on {plan.num_shares} honest devices in every round; a lone honest device would have {found.epsilon_lone:.1f}",
+        )
+
+
+def _noise_sentence(manifest: Manifest, forecast: "Forecast") -> str:
+    ratio = forecast.noise_to_signal
+    assert ratio is not None
+    text = f"{ratio:.2f} times the largest signal one round's mean can hold"
+    if forecast.cohort_needed is None:
+        return text
+    text += f": the noise will drown it. A cohort of {forecast.cohort_needed:,} devices"
+    if forecast.rank_needed is not None:
+        text += f", or lora_rank = {forecast.rank_needed},"
+    return (
+        f"{text} would bring it down to 3 (now {manifest.release.cohort_size} devices, rank {manifest.lora.lora_rank})"
+    )
+
+
+def program() -> str:
+    """How this command line was called, so that a printed command can be pasted."""
+    invoked = Path(sys.argv[0])
+    on_path = shutil.which("fedmini")
+    if on_path is not None and Path(on_path).resolve() == invoked.resolve():
+        return "fedmini"
+    relative = os.path.relpath(invoked)
+    return shlex.quote(relative if not relative.startswith("..") else str(invoked))

@@ -1,0 +1,213 @@
+"""One device's training in one round: read it down and you know what a device computes.
+
+Opacus is the engine: `IntegerDPOptimizer` is its `DPOptimizer` with the sum of clipped per-example gradients taken
+over integers, as docs/accounting.md argues, so that its noise is exact and drawn from the injected generator.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.optimizers import DPOptimizer
+
+from fedmini import metrics
+from fedmini.model.lora import LoraModel
+from fedmini.privacy import encoding, noise
+from fedmini.types import EncodedExample, IntVector, LocalPlan, UnitPlan, Vector
+
+Streams = Callable[..., noise.RandomStream]
+"""Where randomness comes from: called with labels that say what it is for (`"rounding"`, step), it gives a stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a device's local steps gave: the change of the adapter, and what its metrics would say."""
+
+    delta: Vector  # (num_parameters,)
+    loss: float  # nats a token, mean over the examples drawn; 0 where none was
+    mean_targets: float
+
+
+class IntegerDPOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus's optimizer, summing per-example gradients as integers.
+
+    Each example's gradient (its metric coordinates behind it, where there are any) is clipped, scaled and rounded
+    on its own before the sum: rounding the sum instead would let neighbouring data sets differ by more than the
+    bound that the noise is sized for. `integer_sum` is the sum since the last step, shape (num_coordinates,), int64.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        unit: UnitPlan,
+        plan: LocalPlan,
+        num_metrics: int,
+        streams: Streams,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=unit.noise_multiplier,
+            max_grad_norm=unit.clip_norm,
+            expected_batch_size=max(1, round(plan.expected_batch_size)),
+        )
+        self.unit, self.plan, self.num_metrics, self.streams = unit, plan, num_metrics, streams
+        self.num_coordinates = sum(parameter.numel() for parameter in self.params) + num_metrics
+        self.norm_bound = encoding.sensitivity(unit.clip_norm, unit.scale, self.num_coordinates)
+        self.metric_rows: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
+        self.integer_sum: IntVector = np.zeros(self.num_coordinates, np.int64)
+        self._rounding = streams("rounding")
+        self._num_noise_draws = 0
+
+    def observe(self, losses: NDArray[np.float64], num_targets: NDArray[np.int64]) -> None:
+        """Say what the next gradients' examples lost: their metric coordinates."""
+        self.metric_rows = (losses, num_targets)
+
+    def clip_and_accumulate(self) -> None:
+        """Add the current per-example gradients, each clipped and rounded, to `integer_sum`."""
+        samples = [parameter.grad_sample.reshape(len(parameter.grad_sample), -1) for parameter in self.params]
+        rows = torch.cat(samples, dim=1).to("cpu", torch.float64).numpy()  # (batch, num_parameters)
+        if len(rows):
+            self.integer_sum += encoding.round_sum(self._joint(rows), self.unit.scale, self.norm_bound, self._rounding)
+        for parameter in self.params:
+            parameter.grad_sample = None
+
+    def add_noise(self) -> None:
+        """Give the parameters the decoded sum, with one full discrete Gaussian added over the integers."""
+        stream = self.streams("noise", self._num_noise_draws)
+        self._num_noise_draws += 1
+        noised = self.integer_sum + noise.discrete_gaussian(self.unit.noise_variance, self.num_coordinates, stream)
+        self.integer_sum = np.zeros(self.num_coordinates, np.int64)
+        decoded = torch.from_numpy((noised / self.unit.scale).astype(np.float32))
+        start = 0
+        for parameter in self.params:
+            stop = start + parameter.numel()
+            parameter.grad = decoded[start:stop].view_as(parameter).to(parameter.device)
+            start = stop
+
+    def scale_grad(self) -> None:
+        """Divide by the manifest's expected batch size, which a device's own data can't move."""
+        for parameter in self.params:
+            parameter.grad /= self.plan.expected_batch_size
+
+    def _joint(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        room = self.unit.clip_norm if self.num_metrics == 0 else metrics.room_for_vector(self.unit.clip_norm)
+        rows, was_clipped = clip_rows(rows, room)
+        if self.num_metrics == 0:
+            return rows
+        assert self.metric_rows is not None
+        losses, targets = self.metric_rows
+        behind = metrics.coordinates(losses, targets, was_clipped, self.unit.clip_norm, self.plan.max_length)
+        return np.concatenate([rows, behind], axis=1)
+
+
+def clip_rows(rows: NDArray[np.float64], clip_norm: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Each row scaled down to an L2 norm of at most `clip_norm`, and whether it had to be; a row that is not finite is zeros."""
+    finite = np.isfinite(rows).all(axis=1)
+    rows = np.where(finite[:, None], rows, 0.0)
+    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    factors = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
+    return rows * factors[:, None], norms > clip_norm
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRun:
+    """What a device brings to its training: data, the plan it agreed to, and where its randomness comes from."""
+
+    examples: Sequence[EncodedExample]
+    plan: LocalPlan
+    physical_batch_size: int  # examples in memory at once
+    streams: Streams
+
+
+def sum_gradients(model: LoraModel, run: LocalRun, unit: UnitPlan, num_metrics: int) -> IntVector:
+    """One Poisson batch's per-example gradients, each clipped and rounded, then added; no noise yet.
+
+    Shape (num_parameters + num_metrics,), int64. An empty batch gives zeros.
+    """
+    optimizer = IntegerDPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), unit, run.plan, num_metrics, run.streams
+    )
+    for chunk in _chunks(_poisson_batch(run, step=0), run.physical_batch_size):
+        found = model.example_gradients(chunk)
+        optimizer.observe(found.losses, found.num_targets)
+        optimizer.clip_and_accumulate()
+    return optimizer.integer_sum
+
+
+def train_adapter(model: LoraModel, run: LocalRun, unit: UnitPlan | None) -> Training:
+    """A device's local steps, from the adapter that the model holds: DP-SGD where `unit` says so, else plain.
+
+    The adapter's change is private with respect to `unit` after every step, whoever sees it.
+    """
+    start = model.flat()
+    parameters = model.parameters()
+    plain = _OPTIMIZERS[run.plan.optimizer](parameters, lr=run.plan.learning_rate)
+    optimizer = None if unit is None else IntegerDPOptimizer(plain, unit, run.plan, 0, run.streams)
+    losses: list[NDArray[np.float64]] = []
+    targets: list[NDArray[np.int64]] = []
+    for step in range(run.plan.num_steps):
+        batch = _poisson_batch(run, step)
+        if optimizer is not None:
+            _private_step(model, optimizer, batch, run.physical_batch_size)
+            continue
+        for found_losses, found_targets in _plain_step(model, plain, batch, run.physical_batch_size):
+            losses.append(found_losses)
+            targets.append(found_targets)
+    num_seen = sum(len(found) for found in losses)
+    return Training(
+        delta=model.flat() - start,
+        loss=float(sum(found.sum() for found in losses) / max(1, num_seen)),
+        mean_targets=float(sum(found.sum() for found in targets) / max(1, num_seen)),
+    )
+
+
+def _private_step(
+    model: LoraModel, optimizer: IntegerDPOptimizer, batch: Sequence[EncodedExample], physical_batch_size: int
+) -> None:
+    chunks = _chunks(batch, physical_batch_size) or [[]]  # an empty batch is a legal one: noise only
+    for index, chunk in enumerate(chunks):
+        model.example_gradients(chunk)
+        optimizer.signal_skip_step(do_skip=index < len(chunks) - 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _plain_step(
+    model: LoraModel, optimizer: torch.optim.Optimizer, batch: Sequence[EncodedExample], physical_batch_size: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """One step on the batch's mean gradient; an empty batch moves nothing."""
+    parameters = model.parameters()
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    found = []
+    for chunk in _chunks(batch, physical_batch_size):
+        losses = model.mean_loss_gradient(chunk)
+        found.append((losses, np.array([example.is_target.sum() for example in chunk], np.int64)))
+        for total, parameter in zip(sums, parameters, strict=True):
+            assert parameter.grad is not None
+            total.add_(parameter.grad, alpha=len(chunk) / len(batch))
+    if batch:
+        for total, parameter in zip(sums, parameters, strict=True):
+            parameter.grad = total
+        optimizer.step()
+    optimizer.zero_grad()
+    return found
+
+
+def _poisson_batch(run: LocalRun, step: int) -> list[EncodedExample]:
+    """Each example with probability `sampling_rate`, on its own; never truncated: the accounting rests on that."""
+    chosen = run.streams("sampling", step).poisson_sample(len(run.examples), run.plan.sampling_rate)
+    return [run.examples[index] for index in chosen]
+
+
+def _chunks(batch: Sequence[EncodedExample], size: int) -> list[list[EncodedExample]]:
+    """The batch in pieces of like length, so that little is padded."""
+    ordered = sorted(batch, key=lambda example: len(example.tokens))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+}

@@ -1,0 +1,117 @@
+"""A reply, token by token."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmini.errors import ConfigError
+from fedmini.model.packed_layers import PackedHead, PackedLinear
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character whose bytes are not all there yet
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen, and for how long."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0: the likeliest token
+    top_p: float = 1.0  # the smallest set of likeliest tokens that holds this much probability
+    seed: int | None = None  # None: from the operating system
+    hold_dense: bool = False  # dequantise once a reply instead of once a token: faster, and takes the dense memory
+
+
+GREEDY = Sampling()
+
+
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+) -> Iterator[str]:
+    """Pieces of text until the end of the turn, `max_new_tokens`, or the end of the base's context."""
+    prompt = _prompt_of(tokenizer, messages)
+    context = int(getattr(model.config, "max_position_embeddings", 2**31))
+    if len(prompt) >= context:
+        raise ConfigError(f"the conversation has {len(prompt)} tokens; this base holds {context}: shorten it")
+    num_tokens = min(sampling.max_new_tokens, context - len(prompt))
+    return _pieces(tokenizer, _tokens(model, prompt, _ends_of_turn(model, tokenizer), sampling, num_tokens))
+
+
+def _prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ConfigError("this base has no chat template: choose a base that is made for conversations")
+    text = str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return prompt
+
+
+def _ends_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = set(configured) if isinstance(configured, list) else {configured}
+    return {int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None}
+
+
+def _tokens(
+    model: PreTrainedModel, prompt: list[int], ends: set[int], sampling: Sampling, num_tokens: int
+) -> Iterator[int]:
+    device = model.device
+    generator = torch.Generator()
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    cache, step = DynamicCache(config=model.config), prompt
+    _hold_dense(model, model.dtype if sampling.hold_dense else None)
+    try:
+        for _ in range(num_tokens):
+            with torch.no_grad():
+                tokens = torch.tensor([step], device=device)
+                output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = _choose(output.logits[0, -1].float().cpu(), sampling, generator)
+            if token in ends:
+                return
+            yield token
+            step = [token]
+    finally:
+        _hold_dense(model, None)
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits / sampling.temperature, dim=0).sort(descending=True)
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[before >= sampling.top_p] = 0.0  # the likeliest always stays
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
+    """What each token adds to the text. Tokens since the last whole word are decoded anew: a word may join two."""
+    pending: list[int] = []
+    said = ""
+    for token in tokens:
+        pending.append(token)
+        text = _decode(tokenizer, pending)
+        if text.endswith(_UNFINISHED) or len(text) <= len(said):
+            continue
+        yield text[len(said) :]
+        said = text
+        if text.endswith("\n"):  # nothing before a line's end changes any more
+            pending, said = [], ""
+    rest = _decode(tokenizer, pending)
+    if len(rest) > len(said):
+        yield rest[len(said) :]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _hold_dense(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    for module in model.modules():
+        if isinstance(module, PackedLinear | PackedHead):
+            module.hold_dense(dtype)

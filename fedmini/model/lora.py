@@ -1,0 +1,231 @@
+"""LoRA on a base: its trainable tensors as an adapter, and what one device computes with them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedmini.errors import ConfigError, ModelMismatchError
+from fedmini.model import adaptation, adapters, digests, frozen_draw, generation, loss
+from fedmini.model.gradients import GradientRecorder
+from fedmini.model.loading import Base
+from fedmini.types import Adapter, EncodedExample, LoraShape, Template, Vector
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleGradients:
+    """What example_gradients gives: row i is about example i alone."""
+
+    gradients: torch.Tensor  # (num_examples, num_parameters), float32
+    losses: NDArray[np.float64]  # (num_examples,), nats a token, the mean over the example's targets
+    num_targets: NDArray[np.int64]  # (num_examples,)
+    norms: NDArray[np.float64]  # (num_examples,), L2 over the whole row, summed in float64
+
+
+class LoraModel:
+    """A base with LoRA. Computes in the base's type; LoRA tensors and their gradients are float32.
+
+    Several may stand on one base: they share its weights. Not for two threads at once. Raises ConfigError for a shape
+    that doesn't fit the base, or whose gradients would be silently wrong.
+    """
+
+    def __init__(self, base: Base, shape: LoraShape, checkpointing: bool = False, loss_chunk_tokens: int = 256) -> None:
+        self.base, self.shape = base, shape
+        self._chunk_tokens = loss_chunk_tokens
+        self.peft_model = adaptation.adapt(base.module, shape)
+        self._causal = self.peft_model.get_base_model()
+        self._head = self._causal.get_output_embeddings()
+        self._recorder = GradientRecorder()
+        self._tensors = self._draw_frozen()
+        self._trained = {name: tensor for name, tensor in self._tensors.items() if tensor.requires_grad}
+        self.template: Template = tuple((name, tuple(tensor.shape)) for name, tensor in self._trained.items())
+        self.num_parameters = sum(tensor.numel() for tensor in self._trained.values())
+        self._attach_layers()
+        self._checkpointed = self._prepare_checkpointing() if checkpointing else []
+        if base.weights != "packed":
+            self._check_head()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over the base's weights, its tokenizer with the template, and the frozen A."""
+        frozen = [(name, _to_numpy(tensor)) for name, tensor in self._tensors.items() if not tensor.requires_grad]
+        kind = self.base.weights if self.base.weights in ("nf4", "int8") else ""
+        tokenizer = digests.tokenizer_digest(self.base.tokenizer)
+        return digests.base_fingerprint(self.base.weights_digest, tokenizer, frozen, kind)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable tensors, in the template's order."""
+        return list(self._trained.values())
+
+    def adapter(self) -> Adapter:
+        """A copy of the trainable tensors."""
+        return {name: _to_numpy(tensor) for name, tensor in self._trained.items()}
+
+    def initial_adapter(self) -> Adapter:
+        """Where training starts: B is zero; a trained A is drawn from the shape's seed."""
+        return {name: self._first_value(name, shape) for name, shape in self.template}
+
+    def set_adapter(self, adapter: Adapter) -> None:
+        """Raises ModelMismatchError unless names and shapes are the template's and every number is finite."""
+        if (names := set(adapter)) != set(self._trained):
+            wrong = min(names ^ set(self._trained))
+            problem = "is missing" if wrong in self._trained else "is not part of this adapter"
+            raise ModelMismatchError(f"adapter: {wrong[:120]} {problem}; expected {len(self._trained)} tensors")
+        for name, shape in self.template:
+            if (got := adapter[name].shape) != shape:
+                raise ModelMismatchError(f"adapter: {name} has shape {got}, expected {shape}")
+            if not np.isfinite(adapter[name]).all():
+                raise ModelMismatchError(f"adapter: {name} holds numbers that are not finite")
+        with torch.no_grad():
+            for name, tensor in self._trained.items():
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(adapter[name], dtype=np.float32)))
+
+    def flat(self) -> Vector:
+        """The adapter as one vector: the template's order, C order within a tensor."""
+        return np.concatenate([_to_numpy(tensor).ravel() for tensor in self._trained.values()])
+
+    def set_flat(self, vector: Vector) -> None:
+        """The inverse of `flat`. Raises ModelMismatchError for another length or numbers that are not finite."""
+        if vector.shape != (self.num_parameters,):
+            raise ModelMismatchError(f"adapter vector: expected shape ({self.num_parameters},), got {vector.shape}")
+        ends = np.cumsum([tensor.numel() for tensor in self._trained.values()])[:-1]
+        parts = np.split(vector, ends)
+        self.set_adapter({name: part.reshape(shape) for (name, shape), part in zip(self.template, parts, strict=True)})
+
+    def example_gradients(self, examples: Sequence[EncodedExample]) -> ExampleGradients:
+        """The gradient of each example's own mean loss, all in one forward and backward; no examples are legal.
+
+        Row i does not depend on the other examples, beyond float rounding. Each parameter's `grad_sample` becomes a
+        view of the rows, as Opacus's DPOptimizer expects it with grad_sample_mode="no_op"; `.grad` is left alone.
+        """
+        rows = torch.zeros(len(examples), self.num_parameters, device=self.base.accelerator)
+        place = 0
+        for tensor in self._trained.values():
+            view = rows[:, place : place + tensor.numel()].view(len(examples), *tensor.shape)
+            tensor.grad_sample = view  # type: ignore[attr-defined]
+            place += tensor.numel()
+        if not examples:
+            return ExampleGradients(rows, np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
+        batch = loss.batch_of(examples, self.base.accelerator)
+        self._recorder.flat = rows
+        try:
+            with self._checkpointing():
+                means = batch.mean_of_each(self._target_losses(batch))
+                means.sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._recorder.flat = None
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return ExampleGradients(
+            rows, means.detach().double().cpu().numpy(), batch.num_targets.cpu().numpy(), norms.cpu().numpy()
+        )
+
+    def mean_loss_gradient(self, examples: Sequence[EncodedExample]) -> NDArray[np.float64]:
+        """Set each `.grad` to the gradient of the examples' mean loss; give the losses, nats a token, (num_examples,).
+
+        The loss is the mean over examples of each one's own mean; without examples the gradient is zero.
+        """
+        for tensor in self._trained.values():
+            tensor.grad = torch.zeros_like(tensor)
+        if not examples:
+            return np.zeros(0)
+        batch = loss.batch_of(examples, self.base.accelerator)
+        with self._checkpointing():
+            means = batch.mean_of_each(self._target_losses(batch))
+            means.mean().backward()  # type: ignore[no-untyped-call]
+        return np.asarray(means.detach().double().cpu().numpy())
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[EncodedExample], batch_size: int) -> tuple[float, int]:
+        """The summed loss in nats over all targets, and the number of targets. Examples of like length go together."""
+        ordered = sorted(examples, key=lambda example: len(example.tokens))
+        total, num_targets = 0.0, 0
+        for start in range(0, len(ordered), batch_size):
+            batch = loss.batch_of(ordered[start : start + batch_size], self.base.accelerator)
+            losses = self._target_losses(batch)
+            total += float(losses.double().sum())
+            num_targets += len(losses)
+        return total, num_targets
+
+    def save_peft(self, folder: Path, base_name: str) -> None:
+        """Write the adapter as plain `peft.PeftModel.from_pretrained(base, folder)` reads it."""
+        tensors = {name: _to_numpy(tensor) for name, tensor in self._tensors.items()}
+        adapters.write_adapter(folder, self.shape, tensors, base_name)
+
+    def reply(
+        self, messages: Sequence[Mapping[str, str]], sampling: generation.Sampling = generation.GREEDY
+    ) -> Iterator[str]:
+        """The reply to a conversation, streamed in pieces of whole characters until the model ends its turn.
+
+        Raises ConfigError where the base has no chat template, or the conversation doesn't fit its context.
+        """
+        return generation.reply(self._causal, self.base.tokenizer, messages, sampling)
+
+    def _target_losses(self, batch: loss.TokenBatch) -> torch.Tensor:
+        hidden = self._causal.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        return loss.target_losses(hidden[batch.rows, batch.columns], batch.targets, self._head, self._chunk_tokens)
+
+    def _draw_frozen(self) -> dict[str, torch.nn.Parameter]:
+        """Every LoRA tensor at its first value, sorted by PEFT's name."""
+        parameters = {adaptation.peft_name(name): tensor for name, tensor in self.peft_model.named_parameters()}
+        tensors = {name: parameters[name] for name in sorted(parameters) if ".lora_" in name}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(torch.from_numpy(self._first_value(name, tuple(tensor.shape))))
+        return tensors
+
+    def _first_value(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        if name.endswith(".lora_B.weight"):
+            return np.zeros(shape, np.float32)
+        return frozen_draw.kaiming_uniform(self.shape.seed, name, (shape[0], shape[1]))
+
+    def _attach_layers(self) -> None:
+        places, place = {}, 0
+        for tensor in self._trained.values():
+            places[id(tensor)] = place
+            place += tensor.numel()
+        for layer in adaptation.lora_layers(self.peft_model):
+            layer.attach(self._recorder, places.get(id(layer.a)), places.get(id(layer.b)))
+
+    def _prepare_checkpointing(self) -> list[GradientCheckpointingLayer]:
+        layers = [layer for layer in self._causal.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"local.checkpointing: {type(self._causal).__name__} doesn't support it; say false")
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return layers
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        # transformers checkpoints a layer that is in training mode; what is inside it stays in eval mode.
+        for layer in self._checkpointed:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.training = False
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Raise ConfigError where logits are more than the head of the hidden states (capped, scaled, biased)."""
+        tokens = torch.tensor([[1, 2, 3]], device=self.base.accelerator)
+        hidden = self._causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        ours = (hidden @ self._head.weight.to(hidden.dtype).t()).float()
+        theirs = self._causal(input_ids=tokens, use_cache=False).logits.float()
+        if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
+            raise ConfigError(
+                f"{type(self._causal).__name__} changes its logits after the head (a cap, a scale or a bias): "
+                "its loss would be wrong here; choose another base"
+            )
+
+
+def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
+    return tensor.detach().cpu().numpy().copy()

@@ -1,0 +1,91 @@
+"""Cross-entropy on the target positions only, over a frozen head, without ever holding all logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedmini.model.packed_layers import PackedHead
+from fedmini.types import EncodedExample
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Examples side by side, padded on the right. No mask: in a causal model nothing looks at what follows it."""
+
+    tokens: torch.Tensor  # (num_examples, length), int64: each up to its last target, exclusive
+    rows: torch.Tensor  # (num_targets,): the example of each target
+    columns: torch.Tensor  # (num_targets,): the position that predicts it
+    targets: torch.Tensor  # (num_targets,): the token to predict
+    num_targets: torch.Tensor  # (num_examples,), int64
+
+    def mean_of_each(self, losses: torch.Tensor) -> torch.Tensor:
+        """Each example's mean over its own targets: (num_targets,) -> (num_examples,)."""
+        total = torch.zeros(len(self.tokens), dtype=losses.dtype, device=losses.device)
+        return total.index_add(0, self.rows, losses) / self.num_targets.to(losses.dtype)
+
+
+def batch_of(examples: Sequence[EncodedExample], accelerator: torch.device) -> TokenBatch:
+    """At least one example, each with at least one target. What follows an example's last target is left out."""
+    wanted = [np.flatnonzero(example.is_target) for example in examples]
+    length = max(int(positions[-1]) for positions in wanted)
+    tokens = np.zeros((len(examples), length), dtype=np.int64)
+    for row, (example, positions) in enumerate(zip(examples, wanted, strict=True)):
+        tokens[row, : positions[-1]] = example.tokens[: positions[-1]]
+    counts = np.array([len(positions) for positions in wanted])
+    targets = np.concatenate([e.tokens[p] for e, p in zip(examples, wanted, strict=True)]).astype(np.int64)
+
+    def moved(values: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(accelerator)
+
+    return TokenBatch(
+        tokens=moved(tokens),
+        rows=moved(np.repeat(np.arange(len(examples)), counts)),
+        columns=moved(np.concatenate(wanted) - 1),
+        targets=moved(targets),
+        num_targets=moved(counts),
+    )
+
+
+def target_losses(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, chunk_tokens: int) -> torch.Tensor:
+    """-log p(target) in nats, float32 (num_targets,), from hidden states (num_targets, hidden_size).
+
+    Logits of at most `chunk_tokens` positions exist at once. The softmax is in float32. A packed head is dequantised
+    once a call, in chunks of the vocabulary.
+    """
+    weight = head.packed.dense(hidden.dtype) if isinstance(head, PackedHead) else head.weight.to(hidden.dtype)
+    losses: torch.Tensor = _TargetLosses.apply(hidden, targets, weight, chunk_tokens)
+    return losses
+
+
+class _TargetLosses(torch.autograd.Function):
+    """Forms the gradient for the hidden states in forward, while the logits exist; the head is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, chunk_tokens: int
+    ) -> torch.Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            index = targets[chunk].unsqueeze(1)
+            logits = (hidden[chunk] @ weight.t()).float()  # (chunk_tokens, vocabulary)
+            logits -= logits.amax(dim=1, keepdim=True)
+            chosen = logits.gather(1, index)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            losses[chunk] = (total.log() - chosen).squeeze(1)
+            if to_hidden is not None:
+                probabilities = logits.div_(total)
+                probabilities.scatter_add_(1, index, torch.full_like(chosen, -1.0))
+                to_hidden[chunk] = probabilities.to(hidden.dtype) @ weight
+        ctx.save_for_backward(to_hidden)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (to_hidden,) = ctx.saved_tensors
+        return to_hidden * gradients[0].to(to_hidden.dtype).unsqueeze(1), None, None, None

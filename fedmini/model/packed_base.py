@@ -1,0 +1,132 @@
+"""A GGUF as a transformers Llama whose weights stay packed: repacked into the cache once, memory-mapped afterwards."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from fedmini.errors import ConfigError
+from fedmini.model import cache, digests
+from fedmini.model.gguf_file import GgufFile
+from fedmini.model.packed_layers import PackedEmbedding, PackedHead, PackedLinear
+from fedmini.model.packing import PackedMatrix, PackedRows, pack_matrix, pack_rows
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_TENSORS, _TOKENIZER = "tensors.safetensors", "tokenizer"
+_PARTS = ("values", "scales", "minimums")
+
+Weight = PackedMatrix | PackedRows | torch.Tensor
+
+
+def repack(path: Path, folder: Path) -> Mapping[str, Any]:
+    """Write a GGUF's tensors, packed, and its tokenizer to `folder`; return what the model is built from.
+
+    Takes seconds: the tokenizer goes through transformers' own conversion.
+    """
+    gguf = GgufFile(path)
+    weights: dict[str, Weight] = {}
+    quantizations: dict[str, str] = {}
+    for tensor in gguf.tensors():
+        quantizations[tensor.name] = tensor.quantization
+        if tensor.quantization in ("F16", "F32"):
+            weights[tensor.name] = torch.from_numpy(tensor.data.copy())
+        elif tensor.name in (EMBEDDING, HEAD):
+            weights[tensor.name] = pack_rows(tensor.quantization, tensor.data)
+        else:
+            weights[tensor.name] = pack_matrix(tensor.quantization, tensor.data)
+    save_file(_flatten(weights), folder / _TENSORS)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(folder / _TOKENIZER)
+    digest = digests.weights_digest({name: partial(dequantized, weight) for name, weight in weights.items()})
+    return {"config": gguf.config, "quantizations": quantizations, "weights_digest": digest}
+
+
+def dequantized(weight: Weight) -> torch.Tensor:
+    """A weight in float32 and transformers' shape. Of a matrix: valid until the next one is dequantised."""
+    match weight:
+        case PackedMatrix():
+            return weight.transposed(torch.float32).t()
+        case PackedRows():
+            return weight.dense(torch.float32)
+        case _:
+            return weight.float()
+
+
+def load_module(cached: cache.CachedFolder, compute_dtype: torch.dtype, accelerator: torch.device) -> LlamaForCausalLM:
+    """The frozen Llama over the cached tensors, which stay mapped from the file where they live on the CPU."""
+    weights = _unflatten(load_file(cached.folder / _TENSORS, device=str(accelerator)), cached.facts["quantizations"])
+    return build_module(cached.facts["config"], weights, compute_dtype, accelerator)
+
+
+def load_tokenizer(cached: cache.CachedFolder) -> PreTrainedTokenizerBase:
+    """The tokenizer as it was converted from the GGUF, chat template included."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(cached.folder / _TOKENIZER)
+    return tokenizer
+
+
+def build_module(
+    config: Mapping[str, Any], weights: Mapping[str, Weight], compute_dtype: torch.dtype, accelerator: torch.device
+) -> LlamaForCausalLM:
+    """A Llama that holds exactly `weights`: packed ones packed, the others rounded to `compute_dtype`.
+
+    Raises ConfigError where a tensor is missing, left over or of another shape than the config says.
+    """
+    with torch.device("meta"):  # no memory, no random numbers: every weight is replaced below
+        module = LlamaForCausalLM(LlamaConfig(**config, dtype=compute_dtype, use_cache=False))
+    module.model.rotary_emb = LlamaRotaryEmbedding(module.config).to(accelerator)
+    expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if given != expected:
+        wrong = sorted(set(given.items()) ^ set(expected.items()))[0]
+        raise ConfigError(f"the GGUF's tensors don't fit its own description, first at {wrong[0]} {wrong[1]}")
+    for name, weight in weights.items():
+        _put(module, name.removesuffix(".weight"), weight, compute_dtype)
+    if module.config.tie_word_embeddings:
+        embedding = module.model.embed_tokens
+        if isinstance(embedding, PackedEmbedding):
+            module.lm_head = PackedHead(embedding.packed)
+        else:
+            module.lm_head.weight = embedding.weight
+    return module.requires_grad_(False).eval()
+
+
+def _put(module: nn.Module, name: str, weight: Weight, compute_dtype: torch.dtype) -> None:
+    match weight:
+        case PackedMatrix():
+            module.set_submodule(name, PackedLinear(weight))
+        case PackedRows() if f"{name}.weight" == EMBEDDING:
+            module.set_submodule(name, PackedEmbedding(weight, compute_dtype))
+        case PackedRows():
+            module.set_submodule(name, PackedHead(weight))
+        case _:
+            module.get_submodule(name).weight = nn.Parameter(weight.to(compute_dtype), requires_grad=False)
+
+
+def _flatten(weights: Mapping[str, Weight]) -> dict[str, torch.Tensor]:
+    flat = {}
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor):
+            flat[name] = weight
+            continue
+        for part in _PARTS:
+            if (tensor := getattr(weight, part)) is not None:
+                flat[f"{name}.{part}"] = tensor
+    return flat
+
+
+def _unflatten(flat: Mapping[str, torch.Tensor], quantizations: Mapping[str, str]) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {}
+    for name, quantization in quantizations.items():
+        if name in flat:
+            weights[name] = flat[name]
+            continue
+        kind: Callable[..., Weight] = PackedRows if name in (EMBEDDING, HEAD) else PackedMatrix
+        weights[name] = kind(quantization, *(flat.get(f"{name}.{part}") for part in _PARTS))
+    return weights

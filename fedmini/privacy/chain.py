@@ -1,0 +1,92 @@
+"""The ledger's lines as bytes: hash-chained JSON, where a changed byte anywhere is refused.
+
+A line's `prev` is the SHA-256 of the line before (64 zeros for the first), its `check` that of its own other fields.
+What a chain can't show is that its end is missing: `Ledger.verify` compares it with what a checkpoint remembers.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmini.errors import StateError
+from fedmini.types import LedgerPosition
+
+Line = dict[str, Any]
+
+GENESIS = "0" * 64
+LINK = ("seq", "prev")
+CONTENT = (
+    *("run_id", "round", "attempt", "state", "roster_hash", "unit", "noise", "adjacency", "z_eff", "sampling_rate"),
+    *("num_steps", "clip_norm", "participation", "seeded"),
+)
+
+
+def parse(content: bytes, path: Path) -> list[Line]:
+    """The verified lines of a ledger; those of a cut end come back as RECOVERED.
+
+    An end without a newline that isn't a whole line counts as spent: each unit's last event once more. Where no whole
+    line is before it, or any other byte is not as it was written, raises StateError with the number of the line.
+    """
+    *whole, tail = content.split(b"\n")
+    if b"}" in tail:  # a whole line that lacks only its newline; anything else with a "}" was not cut but changed
+        whole.append(tail)
+        tail = b""
+    lines: list[Line] = []
+    for raw in whole:
+        lines.append(_decode(raw, position(lines, len(lines)), path))
+    if tail and not lines:
+        raise StateError(f"{path}: line 1 is cut and no line is before it: what was spent is unknown, start a new run")
+    if tail:
+        last_by_unit = {line["unit"]: line for line in lines}
+        lost = [{key: line[key] for key in CONTENT} for line in last_by_unit.values()]
+        lines += link(lines, [{**line, "state": "RECOVERED"} for line in lost])
+    return lines
+
+
+def link(lines: Sequence[Line], entries: Sequence[Line]) -> list[Line]:
+    """The entries as the lines that follow `lines`: numbered, chained and checked."""
+    linked: list[Line] = []
+    last = position(lines, len(lines))
+    for entry in entries:
+        line = {"seq": last.seq + 1, "prev": last.hash, **entry}
+        linked.append({**line, "check": _check(line)})
+        last = LedgerPosition(last.seq + 1, hashlib.sha256(_encode_line(linked[-1])).hexdigest())
+    return linked
+
+
+def encode(lines: Sequence[Line]) -> bytes:
+    """The bytes of these lines in the file."""
+    return b"".join(_encode_line(line) + b"\n" for line in lines)
+
+
+def position(lines: Sequence[Line], seq: int) -> LedgerPosition:
+    """Where the ledger stood after its first `seq` lines."""
+    return LedgerPosition(seq, hashlib.sha256(_encode_line(lines[seq - 1])).hexdigest() if seq > 0 else GENESIS)
+
+
+def _decode(raw: bytes, before: LedgerPosition, path: Path) -> Line:
+    try:
+        line = json.loads(raw)
+        intact = (
+            tuple(line) == (*LINK, *CONTENT, "check")
+            and line["check"] == _check(line)
+            and _encode_line(line) == raw
+            and (line["seq"], line["prev"]) == (before.seq + 1, before.hash)
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise StateError(
+            f"{path}: line {before.seq + 1} was changed or doesn't follow the one before: bring an intact copy back"
+        )
+    return dict(line)
+
+
+def _encode_line(line: Line) -> bytes:
+    return json.dumps(line, separators=(",", ":")).encode()
+
+
+def _check(line: Line) -> str:
+    return hashlib.sha256(_encode_line({key: line[key] for key in (*LINK, *CONTENT)})).hexdigest()

@@ -1,0 +1,29 @@
+"""L2 clipping of one unit's vector, before anything else happens to it."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmini.errors import ConfigError
+
+
+def clip(vector: NDArray[np.floating[Any]], clip_norm: float) -> NDArray[np.float64]:
+    """Scale a vector down so that its L2 norm is at most `clip_norm`.
+
+    Shape (num_coordinates,), any float in, float64 out; the norm is taken in float64 over all coordinates as one
+    (arXiv:1710.06963), and can't overflow. Guarantee: norm <= clip_norm * (1 + 1e-6), and a vector within the norm is
+    unchanged. A zero vector stays zero. A non-finite vector gives zeros: it is still released, with its noise.
+    """
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ConfigError(f"clip_norm must be a positive number, got {clip_norm}")
+    values = np.array(vector, dtype=np.float64)
+    largest = float(np.max(np.abs(values), initial=0.0))
+    if largest == 0.0 or not math.isfinite(largest):
+        return np.zeros_like(values)
+    direction = values / largest  # its norm lies between 1 and sqrt(num_coordinates), whatever the vector's is
+    direction_norm = float(np.linalg.norm(direction))
+    if largest <= clip_norm / direction_norm:
+        return values
+    return direction * (clip_norm / direction_norm)

@@ -1,0 +1,224 @@
+"""The whole federated algorithm: one pure function over immutable values, devices reached through one argument.
+
+Nothing here knows a network, a disk or an accelerator, and nothing here has a name for one device's update.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmini import metrics, sums
+from fedmini.errors import CohortError, PrivacyBudgetError
+from fedmini.privacy import encoding, noise
+from fedmini.privacy.ledger import Ledger
+from fedmini.server_step import ServerPlan, server_step
+from fedmini.types import (
+    CohortSum,
+    DeviceId,
+    Manifest,
+    Participation,
+    PrivacyEvent,
+    Roster,
+    RoundReport,
+    ServerState,
+    SumCohort,
+    TrainTask,
+    UnitPlan,
+)
+
+Streams = Callable[..., noise.RandomStream]
+OnRound = Callable[[ServerState, RoundReport], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run, as the server knows it. `is_replayed`: its randomness is seeded, so that an attempt can be repeated."""
+
+    manifest: Manifest
+    server: ServerPlan
+    population: tuple[DeviceId, ...]
+    streams: Streams
+    is_replayed: bool
+
+
+def train(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, on_round: OnRound) -> ServerState:
+    """Run the rounds that are left, calling `on_round` with each new state before the next round begins.
+
+    Raises PrivacyBudgetError before the round that would pass the budget, CohortError where too few devices are left.
+    """
+    while state.round_num < run.manifest.num_rounds:
+        state, report = run_round(state, run, sum_cohort, ledger)
+        on_round(state, report)
+    return state
+
+
+def run_round(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger) -> tuple[ServerState, RoundReport]:
+    """One round, in as many attempts as it takes: a debited attempt that lost too many devices stays paid for."""
+    round_num = state.round_num + 1
+    debited = ledger.last_attempt(round_num)
+    attempt = 0 if run.is_replayed or debited is None else debited + 1
+    last_attempt = attempt + run.server.spare_attempts
+    while True:
+        try:
+            return _attempt(state, run, sum_cohort, ledger, attempt)
+        except _LostCohortError as error:
+            if attempt == last_attempt:
+                raise CohortError(
+                    f"round {round_num}: {error}, and no spare attempt is left; "
+                    "raise rounds.over_selection or rounds.spare_attempts"
+                ) from error
+            attempt += 1
+
+
+class _LostCohortError(CohortError):
+    """Too few devices were left *after* the debit."""
+
+
+def _attempt(
+    state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, attempt: int
+) -> tuple[ServerState, RoundReport]:
+    started = time.monotonic()
+    manifest, release = run.manifest, run.manifest.release
+    round_num = state.round_num + 1
+    chosen = choose_cohort(state, run, attempt)
+    rosters: list[Roster] = []
+
+    def debit(roster: Roster) -> None:
+        if rosters:
+            raise CohortError(f"round {round_num}: the roster was fixed twice")
+        if len(roster.devices) < release.min_survivors:
+            raise CohortError(
+                f"round {round_num}: {len(roster.devices)} devices came, {release.min_survivors} are needed; nothing was spent"
+            )
+        _debit(roster, state, run, ledger)
+        rosters.append(roster)
+
+    task = TrainTask(manifest.hash, round_num, attempt, state.adapter)
+    cohort = sum_cohort(chosen, task, debit)
+    if not rosters:
+        raise CohortError(f"round {round_num}: a sum came, but no roster was ever fixed")
+    if cohort.num_devices < release.min_survivors:
+        raise _LostCohortError(f"{cohort.num_devices} devices were left, {release.min_survivors} are needed")
+    total = _noised_by_server(cohort, run, round_num, attempt)
+    mean = total[: manifest.num_coordinates - release.num_metrics] / sums.mean_denominator(manifest)
+    new_state = replace(
+        server_step(state, mean, manifest, run.server),
+        round_num=round_num,
+        participations=_participations(state, rosters[0]),
+        ledger=ledger.position,
+    )
+    report = _report(run, total, mean, cohort, ledger)
+    return new_state, replace(
+        report, round_num=round_num, num_sampled=len(rosters[0].devices), seconds=time.monotonic() - started
+    )
+
+
+def choose_cohort(state: ServerState, run: Run, attempt: int) -> tuple[DeviceId, ...]:
+    """Whom to ask: uniformly, without replacement, among the devices that may still take part. Claims no amplification."""
+    release, round_num = run.manifest.release, state.round_num + 1
+    eligible = [
+        device
+        for device in sorted(run.population)
+        if _may_take_part(state, device, release.max_participations, release.min_separation)
+    ]
+    wanted = math.ceil(release.cohort_size * run.server.over_selection)
+    if len(eligible) < release.min_survivors:
+        raise CohortError(
+            f"round {round_num}: {len(eligible)} of {len(run.population)} devices may still take part, "
+            f"{release.min_survivors} are needed; nothing was spent"
+        )
+    stream = run.streams("cohort", "round", round_num, "attempt", attempt)
+    return tuple(eligible[index] for index in stream.subset(len(eligible), min(wanted, len(eligible))))
+
+
+def _may_take_part(state: ServerState, device: DeviceId, max_participations: int, min_separation: int) -> bool:
+    past = state.participations.get(device)
+    if past is None:
+        return True
+    return past.count < max_participations and state.round_num + 1 - past.last_round >= min_separation
+
+
+def event_of(unit: UnitPlan, manifest: Manifest) -> PrivacyEvent:
+    """What one round's release costs one unit, as the accountant is told."""
+    is_example = unit.unit == "example"
+    return PrivacyEvent(
+        unit=unit.unit,
+        noise=unit.noise,
+        z_eff=unit.z_eff,
+        sampling_rate=manifest.local.sampling_rate if is_example else 1.0,
+        num_steps=manifest.local.num_steps if is_example else 1,
+        clip_norm=unit.clip_norm,
+    )
+
+
+def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None:
+    """Write what this attempt costs, before any contribution is asked for; refuse where it would pass the budget."""
+    manifest = run.manifest
+    if not manifest.release.units:
+        return
+    events = [event_of(unit, manifest) for unit in manifest.release.units]
+    abandoned = max(0, ledger.num_debits - state.round_num)  # debited, never committed: everybody may have been in them
+    counts = (state.participations[device].count for device in roster.devices if device in state.participations)
+    participation = max(counts, default=0) + abandoned + 1
+    if ledger.is_debited(roster.round_num, roster.attempt):
+        ledger.debit(roster, events, participation, run.is_replayed)  # a replay of the same bits, or an error
+        return
+    budgets = dict(manifest.target_epsilon)
+    for unit, event in zip(manifest.release.units, events, strict=True):
+        budget = budgets.get(unit.unit, math.inf)
+        after = ledger.epsilon_after(event, participation, unit.target_delta)
+        if after > budget * (1 + 1e-9):
+            raise PrivacyBudgetError(
+                f"round {roster.round_num} would bring the {unit.unit} epsilon to {after:.3f}, the budget is {budget:g}: "
+                "the run ends here, with everything up to the round before saved"
+            )
+    ledger.debit(roster, events, participation, run.is_replayed)
+
+
+def _noised_by_server(cohort: CohortSum, run: Run, round_num: int, attempt: int) -> NDArray[np.float64]:
+    """The decoded sum, with the server's noise added over the integers where the plan says so. (num_coordinates,)"""
+    release = run.manifest.release
+    integers = encoding.unwrap(cohort.total, release.modulus_bits)
+    if release.device is not None and release.device.noise == "server":
+        stream = run.streams("server noise", "round", round_num, "attempt", attempt)
+        integers = integers + noise.discrete_gaussian(release.device.noise_variance, len(integers), stream)
+    return integers / release.scale
+
+
+def _participations(state: ServerState, roster: Roster) -> dict[DeviceId, Participation]:
+    after = dict(state.participations)
+    for device in roster.devices:
+        count = after[device].count if device in after else 0
+        after[device] = Participation(count + 1, roster.round_num)
+    return after
+
+
+def _report(
+    run: Run, total: NDArray[np.float64], mean: NDArray[np.float64], cohort: CohortSum, ledger: Ledger
+) -> RoundReport:
+    manifest, release = run.manifest, run.manifest.release
+    noise_std = sums.noise_std_of_sum(manifest, cohort.num_devices)
+    expected_noise = noise_std / sums.mean_denominator(manifest) * math.sqrt(len(mean))
+    found = None
+    if release.num_metrics:
+        tail = total[-release.num_metrics :]
+        found = metrics.decode(tail, release.encoding_norm, manifest.local.max_length, noise_std)
+    signal = math.sqrt(max(float(mean @ mean) - expected_noise**2, 0.0))
+    return RoundReport(
+        round_num=0,
+        num_sampled=0,
+        num_survivors=cohort.num_devices,
+        upload_bytes_per_device=sums.upload_bytes(manifest),
+        download_bytes_per_device=sums.download_bytes(manifest),
+        seconds=0.0,
+        noise_to_signal=expected_noise / signal if signal > 0 and math.isfinite(expected_noise) else None,
+        epsilon={unit.unit: ledger.epsilon(unit.unit, unit.target_delta) for unit in release.units},
+        train_loss=found.loss if found else None,
+        train_loss_error=found.loss_error if found else None,
+        clipped_fraction=found.clipped_fraction if found else None,
+        clipped_fraction_error=found.clipped_fraction_error if found else None,
+    )

@@ -1,0 +1,156 @@
+"""A run in progress: the seam to the devices of this process, and what is written as the rounds go by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from fedmini import checkpoint, rundir, statement
+from fedmini.checkpoint import Checkpoint
+from fedmini.errors import StateError
+from fedmini.model import runtime
+from fedmini.privacy import encoding
+from fedmini.privacy.ledger import Ledger
+from fedmini.rundir import RunDirectory
+from fedmini.simulation.progress import Progress, SimulationResult
+from fedmini.simulation.setup import Setup, base_name
+from fedmini.types import (
+    CohortSum,
+    DeviceId,
+    LedgerPosition,
+    Manifest,
+    Residues,
+    Roster,
+    RoundReport,
+    ServerState,
+    TrainTask,
+)
+
+EVALUATION_BATCH_SIZE = 32
+FIRST_HASH = "0" * 64  # of a ledger without a line
+
+
+def starting_point(setup: Setup, directory: RunDirectory, ledger: Ledger) -> tuple[ServerState, list[dict[str, Any]]]:
+    """The state to go on from: the newest checkpoint's, or that of a run where nothing was committed yet."""
+    found = checkpoint.load(directory.checkpoints)
+    if found is None:
+        return (
+            ServerState(0, setup.model.initial_adapter(), 0, None, None, {}, LedgerPosition(0, FIRST_HASH)),
+            [],
+        )
+    if found.manifest_hash != setup.run.manifest.hash:
+        raise StateError(f"{directory.checkpoints} belongs to another run than {directory.manifest}")
+    ledger.verify(found.state.ledger)
+    return found.state, list(found.history)
+
+
+class Session:
+    """A run in progress: owns its history, and writes what happens to its directory."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        ledger: Ledger,
+        tell: Callable[[Progress], None],
+        history: list[dict[str, Any]],
+    ) -> None:
+        self._setup, self._directory, self._ledger, self._tell = setup, directory, ledger, tell
+        self._history = history
+        self._state: ServerState | None = None
+
+    def last_state(self, otherwise: ServerState) -> ServerState:
+        """The last committed state."""
+        return self._state or otherwise
+
+    def on_round(self, state: ServerState, report: RoundReport) -> None:
+        """Commit a round: the state first, then what a reader may know of it."""
+        self._history.append(_metrics_line(report))
+        self._commit(state)
+        self.evaluate_if_due(state)
+
+    def evaluate_if_due(self, state: ServerState) -> None:
+        """Fill in the loss on people who took no part, before the first round, after every so many, and at the end."""
+        if not self._history:
+            self._history.append(_metrics_line(_report_of_round_zero(self._setup.run.manifest)))
+            self._commit(state)
+        line = self._history[-1]
+        every, last = self._setup.config.evaluation.every, self._setup.run.manifest.num_rounds
+        is_due = state.round_num % every == 0 or state.round_num == last
+        if line["eval_loss"] is None and is_due:
+            self._progress("evaluation", state.round_num)
+            self._setup.model.set_adapter(state.adapter)
+            nats, targets = self._setup.model.evaluate(self._setup.held_out, EVALUATION_BATCH_SIZE)
+            line["eval_loss"] = nats / targets
+        rundir.write_metrics(self._directory, self._history)
+        self._progress("round", state.round_num)
+
+    def sum_cohort(self, chosen: Sequence[DeviceId], task: TrainTask, debit: Callable[[Roster], None]) -> CohortSum:
+        """The one seam, in one process: the sum is formed directly, one contribution in memory at a time."""
+        setup, manifest = self._setup, self._setup.run.manifest
+        debit(Roster(manifest.run_id, task.round_num, task.attempt, tuple(sorted(chosen))))
+        total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
+        lost = setup.run.streams("dropout", "round", task.round_num, "attempt", task.attempt).uniform(len(chosen))
+        survivors = [
+            device
+            for device, draw in zip(sorted(chosen), lost, strict=True)
+            if draw >= setup.config.rounds.dropout_rate
+        ]
+        for index, device in enumerate(survivors):
+            contribution = setup.devices[device].contribute(task)
+            total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
+            self._progress("round", task.round_num - 1, index + 1, len(survivors))
+        return CohortSum(total, len(survivors))
+
+    def finish(self, state: ServerState) -> SimulationResult:
+        """Write the adapter, the privacy statement and the report."""
+        setup, directory = self._setup, self._directory
+        rundir.write_metrics(directory, self._history)
+        privacy = statement.privacy_statement(setup.run.manifest, self._ledger)
+        rundir.write_json(directory.privacy, privacy)
+        setup.model.set_adapter(state.adapter)
+        setup.model.save_peft(directory.adapter, base_name(setup.config))
+        self._progress("done", state.round_num)
+        return SimulationResult(
+            directory.path, setup.run.manifest, state.adapter, tuple(self._history), privacy, setup.evaluated_on
+        )
+
+    def _commit(self, state: ServerState) -> None:
+        checkpoint.save(
+            self._directory.checkpoints, Checkpoint(self._setup.run.manifest.hash, state, tuple(self._history))
+        )
+        self._state = state
+
+    def _progress(self, stage: str, round_num: int, device_index: int = 0, num_devices: int = 0) -> None:
+        losses = [line["eval_loss"] for line in self._history if line["eval_loss"] is not None]
+        self._tell(
+            Progress(
+                stage=stage,
+                round_num=round_num,
+                num_rounds=self._setup.run.manifest.num_rounds,
+                device_index=device_index,
+                num_devices=num_devices,
+                loss=losses[-1] if losses else None,
+                epsilon=self._history[-1]["epsilon"] if self._history else None,
+            )
+        )
+
+
+def _metrics_line(report: RoundReport) -> dict[str, Any]:
+    line = asdict(report)
+    return {"round": line.pop("round_num"), **line, "peak_memory_bytes": runtime.peak_memory_bytes()}
+
+
+def _report_of_round_zero(manifest: Manifest) -> RoundReport:
+    """What stands in the metrics before any training."""
+    return RoundReport(
+        round_num=0,
+        num_sampled=0,
+        num_survivors=0,
+        upload_bytes_per_device=0,
+        download_bytes_per_device=0,
+        seconds=0.0,
+        noise_to_signal=None,
+        epsilon={unit.unit: 0.0 for unit in manifest.release.units},
+    )

@@ -1,0 +1,124 @@
+"""privacy.json: what a run promises, to whom, on what grounds, and what it does not; for a reader who checks."""
+
+from dataclasses import replace
+from typing import Any
+
+from fedmini.privacy import accounting, encoding
+from fedmini.privacy.ledger import Ledger
+from fedmini.rounds import event_of
+from fedmini.types import ADJACENCY, Manifest, UnitPlan
+
+NOT_COVERED = (
+    "that a device took part at all, and joining or leaving",
+    "whether a device has more or fewer examples than the minimum",
+    "the time a reply takes",
+    "an example that was typed more than once counts as several examples",
+    "a person who uses several devices, or installs again, counts as several people",
+    "several runs over the same data: their epsilons add up, and only a device's own ledger sees that",
+    "the search for good settings, where it was made on the same people",
+    "the public base model and what it was trained on",
+)
+
+NO_PRIVACY = "This run was made WITHOUT privacy: the adapter may reveal what any one example says."
+SEEDED = (
+    "This run drew its noise from a seed that is written beside it: whoever has the seed can take the noise away. "
+    "It is for reproducing, and protects nobody."
+)
+
+
+def privacy_statement(manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
+    """The statement of a run as it stands, every epsilon computed from its ledger."""
+    units = manifest.release.units
+    is_seeded = ledger.was_seeded
+    return {
+        "run_id": manifest.run_id,
+        "manifest_hash": manifest.hash,
+        "is_private": bool(units) and not is_seeded,
+        "summary": _summary(manifest, ledger),
+        "guarantees": [_guarantee(unit, manifest, ledger) for unit in units],
+        "ledger_lines": ledger.position.seq,
+        "ledger_hash": ledger.position.hash,
+        "noise_was_seeded": is_seeded,
+        "simulated": "the sum was formed in one process; in a deployment it is formed by secure aggregation",
+        "accountant": "dp-accounting, privacy loss distributions, grid 1e-4; the argument is docs/accounting.md",
+        "not_covered": list(NOT_COVERED),
+    }
+
+
+def _summary(manifest: Manifest, ledger: Ledger) -> str:
+    units = manifest.release.units
+    if not units:
+        return NO_PRIVACY
+    parts = [
+        f"epsilon = {ledger.epsilon(unit.unit, unit.target_delta):.3f} at delta = {unit.target_delta:g} "
+        f"for {ADJACENCY[unit.unit]}"
+        for unit in units
+    ]
+    text = "; and, as a separate guarantee, ".join(parts) + "."
+    return f"{SEEDED} Nominally: {text}" if ledger.was_seeded else text
+
+
+def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
+    event = event_of(unit, manifest)
+    release = manifest.release
+    found: dict[str, Any] = {
+        "unit": unit.unit,
+        "adjacency": ADJACENCY[unit.unit],
+        "epsilon": ledger.epsilon(unit.unit, unit.target_delta),
+        "delta": unit.target_delta,
+        "budget": dict(manifest.target_epsilon).get(unit.unit),
+        "mechanism": _mechanism(unit),
+        "noise": unit.noise,
+        "noise_multiplier": unit.noise_multiplier,
+        "z_eff": unit.z_eff,
+        "clip_norm": unit.clip_norm,
+        "sampling_rate": event.sampling_rate,
+        "steps_per_release": event.num_steps,
+        "num_releases": ledger.max_participation(unit.unit),
+        "holds_against": _holds_against(unit),
+        "assumes": _assumes(unit, manifest),
+    }
+    if unit.noise == "shared":
+        bound = encoding.sensitivity(unit.clip_norm, unit.scale, manifest.num_coordinates)
+        alone = replace(event, z_eff=accounting.effective_multiplier(unit.noise_variance, 1, bound))
+        found["epsilon_of_a_lone_honest_device"] = accounting.epsilon(
+            alone, ledger.max_participation(unit.unit), unit.target_delta
+        )
+        found["n_honest"] = unit.num_shares
+        found["min_survivors"] = release.min_survivors
+    return found
+
+
+def _mechanism(unit: UnitPlan) -> str:
+    subject = "each example's gradient" if unit.unit == "example" else "each device's whole update"
+    source = {
+        "local": "the device adds the whole noise to the sum in every local step",
+        "shared": f"every device adds a share of the noise, sized so that {unit.num_shares} shares are enough",
+        "server": "the server adds the noise to the sum",
+    }[unit.noise]
+    return f"{subject} is clipped to L2 norm {unit.clip_norm:g} and rounded to integers; {source}; discrete Gaussian"
+
+
+def _holds_against(unit: UnitPlan) -> str:
+    return {
+        "local": "everyone, the server included, whatever other devices do",
+        "shared": f"everyone, the server included, while at least {unit.num_shares} devices of every round are honest "
+        "and the sum alone is seen",
+        "server": "whoever sees the model or its history; not the server, which must be trusted to add the noise",
+    }[unit.noise]
+
+
+def _assumes(unit: UnitPlan, manifest: Manifest) -> list[str]:
+    found = ["each device draws its randomness from its operating system's cryptographic generator"]
+    if unit.unit == "example":
+        found.append("the training set of a device is frozen when it joins the run")
+        found.append("nobody but the device sees which examples it drew")
+    if unit.noise == "shared":
+        found.append(
+            f"at least {unit.num_shares} honest devices add their share in every round "
+            f"(of at least {manifest.release.min_survivors} survivors)"
+        )
+        found.append("the server sees the sum and no single contribution (secure aggregation)")
+    if unit.noise == "server":
+        found.append("the server adds the noise, and shows nobody the sum before it has")
+    return found

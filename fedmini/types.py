@@ -1,0 +1,233 @@
+"""The frozen values that cross a boundary: between server and device, or between a run and its saved state.
+
+There is deliberately no type here for one device's update on the server's side: `CohortSum` is all that a server
+ever holds of a round.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+DeviceId: TypeAlias = str
+Vector: TypeAlias = NDArray[np.float32]  # (num_coordinates,)
+IntVector: TypeAlias = NDArray[np.int64]  # (num_coordinates,)
+Residues: TypeAlias = NDArray[np.uint32]  # (num_coordinates,), integers mod 2**modulus_bits
+Adapter: TypeAlias = Mapping[str, NDArray[np.float32]]  # trainable LoRA tensors by PEFT name
+Template: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of an adapter's tensors, sorted by name
+
+Unit: TypeAlias = Literal["example", "device"]
+NoiseSource: TypeAlias = Literal["local", "shared", "server"]
+LocalOptimizer: TypeAlias = Literal["sgd", "adam"]
+
+ADJACENCY: Mapping[Unit, str] = {
+    "example": "one example of a device's frozen training set added or removed",
+    "device": "one device's contribution to the run replaced by zero",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """One example as the model sees it. Position i is trained on where `is_target[i]`: it is predicted from i - 1."""
+
+    tokens: NDArray[np.int32]  # (length,)
+    is_target: NDArray[np.bool_]  # (length,), never true at 0, true somewhere
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """Which LoRA tensors a run trains, and from which seed the frozen ones are drawn."""
+
+    lora_rank: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    layers: tuple[int, ...] | None  # None: every layer
+    trained: Literal["B", "AB"]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlan:
+    """What one device computes in one round."""
+
+    num_steps: int
+    sampling_rate: float  # Poisson, the same on every device
+    expected_batch_size: float  # a public constant: never what a device really drew
+    learning_rate: float
+    optimizer: LocalOptimizer
+    max_length: int  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """How one kind of unit is protected: one row of the privacy table in docs/accounting.md."""
+
+    unit: Unit
+    noise: NoiseSource
+    clip_norm: float
+    noise_multiplier: float  # as configured or calibrated, before rounding and discretisation: see `z_eff`
+    scale: float  # integers per unit of the vector: clip_norm * scale is 2**13 or 2**14
+    noise_variance: int  # of one share of discrete Gaussian noise, in squared integer units
+    num_shares: int  # honest shares that are counted on: n_honest where noise is shared, else 1
+    z_eff: float  # the effective Gaussian multiplier that the accountant is given
+    target_delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePlan:
+    """How an update leaves a device. Every number is public and fixed for the run."""
+
+    example: UnitPlan | None
+    device: UnitPlan | None
+    encoding_norm: float  # the L2 norm of the float vector that travels never passes this
+    scale: float
+    modulus_bits: int
+    num_metrics: int  # bounded metric coordinates behind the adapter's, 0 where nothing would noise them
+    cohort_size: int
+    min_survivors: int
+    n_honest: int
+    max_participations: int
+    min_separation: int
+
+    @property
+    def units(self) -> tuple[UnitPlan, ...]:
+        """The protected units, the example first; empty where nothing is protected."""
+        return tuple(unit for unit in (self.example, self.device) if unit is not None)
+
+    @property
+    def sums_examples(self) -> bool:
+        """Whether the vector that travels is a sum of rounded per-example gradients (`example`, `shared`)."""
+        return self.example is not None and self.example.noise == "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a device must agree to, once; later tasks refer to it by hash."""
+
+    run_id: str
+    base_fingerprint: str
+    lora: LoraShape
+    template: Template
+    local: LocalPlan
+    release: ReleasePlan
+    num_rounds: int
+    target_epsilon: tuple[tuple[Unit, float], ...]  # the budget of each protected unit
+
+    @property
+    def num_coordinates(self) -> int:
+        """Coordinates of the vector that travels: the adapter's and the metrics'."""
+        return sum(int(np.prod(shape)) for _, shape in self.template) + self.release.num_metrics
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the canonical JSON of every field, in hex."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTask:
+    """One round's work for a device. Nothing a device must agree to travels outside the manifest."""
+
+    manifest_hash: str
+    round_num: int
+    attempt: int
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """The only thing that leaves a device: clipped, rounded, noised. Shape (num_coordinates,), uint32."""
+
+    vector: Residues
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """The devices that one attempt at a round is about, fixed once, sorted."""
+
+    run_id: str
+    round_num: int
+    attempt: int
+    devices: tuple[DeviceId, ...]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over run, round, attempt and the sorted devices, in hex."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class CohortSum:
+    """All the server ever holds of a round: the survivors' vectors, summed mod 2**modulus_bits."""
+
+    total: Residues
+    num_devices: int
+
+
+SumCohort: TypeAlias = Callable[[Sequence[DeviceId], TrainTask, Callable[[Roster], None]], CohortSum]
+"""The one seam between the algorithm and the devices. The last argument debits the ledger; it is called exactly
+once, when the roster is fixed and before any contribution is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyEvent:
+    """One release, as the accountant sees it: `num_steps` subsampled Gaussians at multiplier `z_eff`."""
+
+    unit: Unit
+    noise: NoiseSource
+    z_eff: float
+    sampling_rate: float  # 1.0 for a device
+    num_steps: int
+    clip_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerPosition:
+    """Where a ledger stood: the number of lines written, and the hash of the last one."""
+
+    seq: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Participation:
+    """How often one device was on a committed roster, and when last."""
+
+    count: int
+    last_round: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What is checkpointed, together: the weights and what they cost."""
+
+    round_num: int  # rounds committed
+    adapter: Adapter
+    num_updates: int  # server optimizer steps taken, for bias correction
+    momentum: Vector | None
+    second_moment: Vector | None
+    participations: Mapping[DeviceId, Participation]
+    ledger: LedgerPosition
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What an operator may log of a round: decoded from the sum only, in a simulation too."""
+
+    round_num: int
+    num_sampled: int
+    num_survivors: int
+    upload_bytes_per_device: int
+    download_bytes_per_device: int
+    seconds: float
+    noise_to_signal: float | None  # norm of the noise expected in the mean over the norm of the decoded mean
+    epsilon: Mapping[Unit, float]  # spent so far, the worst device's
+    train_loss: float | None = None  # nats a token, noised like the rest; None where no metrics travel
+    train_loss_error: float | None = None  # one standard deviation of the noise in it
+    clipped_fraction: float | None = None
+    clipped_fraction_error: float | None = None
+    eval_loss: float | None = None  # nats a token on people who took no part

@@ -1,0 +1,59 @@
+"""An adapter as one flat vector and back, checked against the template of its run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedmini.errors import UpdateError
+from fedmini.types import Adapter, Template, Vector
+
+
+def num_parameters(template: Template) -> int:
+    """How many coordinates an adapter of this template has."""
+    return sum(int(np.prod(shape)) for _, shape in template)
+
+
+def check(adapter: Mapping[str, Any], template: Template) -> None:
+    """Raise UpdateError, naming the tensor, unless the adapter has exactly the template's float32 tensors, all finite."""
+    for name in sorted(set(adapter) - {name for name, _ in template}):
+        raise UpdateError(f"{name}: not a tensor of this run; remove it")
+    for name, shape in template:
+        if name not in adapter:
+            raise UpdateError(f"{name}: expected a tensor of shape {shape}, it is missing")
+        value = adapter[name]
+        if not isinstance(value, np.ndarray) or value.dtype != np.float32:
+            raise UpdateError(f"{name}: expected float32, got {getattr(value, 'dtype', type(value).__name__)}")
+        if value.shape != shape:
+            raise UpdateError(f"{name}: expected shape {shape}, got {value.shape}")
+        if not np.isfinite(value).all():
+            raise UpdateError(f"{name}: holds values that are not finite")
+
+
+def flatten(adapter: Adapter, template: Template) -> Vector:
+    """All tensors as one float32 vector (num_parameters,), in the template's order, C order within a tensor.
+
+    Raises UpdateError as `check` does.
+    """
+    check(adapter, template)
+    if not template:
+        return np.zeros(0, np.float32)
+    return np.concatenate([adapter[name].reshape(-1) for name, _ in template])
+
+
+def unflatten(vector: Vector, template: Template) -> Adapter:
+    """The adapter that `flatten` turned into this vector; its tensors are copies, float32."""
+    if vector.shape != (num_parameters(template),):
+        raise UpdateError(f"expected a vector of shape ({num_parameters(template)},), got {vector.shape}")
+    tensors = {}
+    start = 0
+    for name, shape in template:
+        stop = start + int(np.prod(shape))
+        tensors[name] = vector[start:stop].reshape(shape).astype(np.float32)
+        start = stop
+    return tensors
+
+
+def norm(vector: Vector) -> float:
+    """The L2 norm, taken in float64."""
+    return float(np.linalg.norm(vector.astype(np.float64)))
