@@ -14,7 +14,7 @@ from opacus.optimizers import DPOptimizer
 
 from fedmini import metrics
 from fedmini.model.lora import LoraModel
-from fedmini.privacy import encoding, noise
+from fedmini.privacy import clipping, encoding, noise
 from fedmini.types import EncodedExample, IntVector, LocalPlan, UnitPlan, Vector
 
 Streams = Callable[..., noise.RandomStream]
@@ -66,7 +66,7 @@ class IntegerDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def clip_and_accumulate(self) -> None:
         """Add the current per-example gradients, each clipped and rounded, to `integer_sum`."""
-        samples = [parameter.grad_sample.reshape(len(parameter.grad_sample), -1) for parameter in self.params]
+        samples = [parameter.grad_sample.flatten(1) for parameter in self.params]
         rows = torch.cat(samples, dim=1).to("cpu", torch.float64).numpy()  # (batch, num_parameters)
         if len(rows):
             self.integer_sum += encoding.round_sum(self._joint(rows), self.unit.scale, self.norm_bound, self._rounding)
@@ -93,22 +93,13 @@ class IntegerDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def _joint(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         room = self.unit.clip_norm if self.num_metrics == 0 else metrics.room_for_vector(self.unit.clip_norm)
-        rows, was_clipped = clip_rows(rows, room)
+        rows, was_clipped = clipping.clip_rows(rows, room)
         if self.num_metrics == 0:
             return rows
         assert self.metric_rows is not None
         losses, targets = self.metric_rows
         behind = metrics.coordinates(losses, targets, was_clipped, self.unit.clip_norm, self.plan.max_length)
         return np.concatenate([rows, behind], axis=1)
-
-
-def clip_rows(rows: NDArray[np.float64], clip_norm: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Each row scaled down to an L2 norm of at most `clip_norm`, and whether it had to be; a row that is not finite is zeros."""
-    finite = np.isfinite(rows).all(axis=1)
-    rows = np.where(finite[:, None], rows, 0.0)
-    norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-    factors = np.minimum(1.0, clip_norm / np.maximum(norms, np.finfo(np.float64).tiny))
-    return rows * factors[:, None], norms > clip_norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,7 @@ def write_run(path: Path, story: Story) -> RunDirectory:
     }
     rundir.begin(run, make_config(story), manifest, environment)
     rundir.write_metrics(run, [metrics_line(round_num, story) for round_num in range(story.num_done + 1)])
+    run.ledger.unlink(missing_ok=True)
     for round_num in range(1, story.num_done + 1):
         debit(run, story, round_num, seeded=story.seed is not None)
     if story.is_stated:
@@ -158,6 +159,8 @@ def make_statement(story: Story, manifest: Manifest, ledger: Path) -> dict[str, 
         "ledger_lines": len(lines),
         "ledger_hash": chain.position(lines, len(lines)).hash,
         "noise_was_seeded": story.seed is not None,
+        "simulated": "the sum was formed in one process",
+        "accountant": "dp-accounting, privacy loss distributions",
         "not_covered": ["the time a reply takes", "a person who uses several devices counts as several people"],
     }
 
@@ -231,6 +234,8 @@ def test_the_page_states_the_guarantee_whom_it_holds_against_and_what_it_rests_o
         "its epsilon would be 143.210",
         "the server sees the sum and no single contribution",
         "the time a reply takes",
+        "the sum was formed in one process",
+        "dp-accounting, privacy loss distributions",
     ):
         assert words in page.text
 
@@ -352,7 +357,7 @@ def test_a_run_in_progress_is_reported_on(tmp_path):
 def test_a_run_that_has_measured_nothing_yet_is_reported_on(tmp_path):
     run = write_run(tmp_path / "run", Story(num_done=0, is_stated=False))
     run.metrics.unlink()
-    run.ledger.unlink()
+    run.ledger.unlink(missing_ok=True)
     report.write_report(run.path)
     page = Reader(run.report.read_text(encoding="utf-8"))
     assert "No round is finished yet, of 5." in page.text

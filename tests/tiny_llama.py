@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedmini.model.loading import Base
 from fedmini.types import EncodedExample, LoraShape
 
-VOCABULARY = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", *"Ġ.,!?Ċ012")
+VOCABULARY = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", *"Ġ.,!?Ċ01", "ab")
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -21,7 +21,7 @@ SHAPE = LoraShape(2, 4.0, ("v_proj", "o_proj"), None, "B", 0)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    model = models.BPE(vocab={token: index for index, token in enumerate(VOCABULARY)}, merges=[])
+    model = models.BPE(vocab={token: index for index, token in enumerate(VOCABULARY)}, merges=[("a", "b")])
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

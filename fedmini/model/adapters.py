@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedmini.types import Adapter, LoraShape
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR_NAME = re.compile(r"base_model\.model(?:\.[A-Za-z_][A-Za-z0-9_]*|\.\d{1,4})+\.lora_([AB])\.weight")
 _MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HEADER = "fedmini"
 _READ = ("r", "lora_alpha", "target_modules", "layers_to_transform")
 _HARMLESS = (  # change nothing about what the adapter computes
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type", "peft_version"),
@@ -42,7 +44,8 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
         for key, value in config.to_dict().items()
         if not key.startswith("_")
     }
-    header = {"format": "pt", "fedmini_trained": shape.trained, "fedmini_seed": str(shape.seed)}
+    # One entry: safetensors writes several in any order, and the same adapter must give the same bytes.
+    header = {_HEADER: json.dumps({"trained": shape.trained, "seed": shape.seed})}
     ordered = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,24 +61,28 @@ def load_peft(folder: Path) -> tuple[LoraShape, Adapter]:
     An adapter of another program is taken as trained = "AB". Raises StateError for what is missing, damaged, pickled
     or not finite, ModelMismatchError for another method than plain LoRA or tensors that don't fit the description.
     """
-    shape = _read_shape(folder)
     header, tensors = _read_tensors(folder / TENSORS_FILE)
+    shape = replace(_read_shape(folder), **_read_header(header))
     for name, values in tensors.items():
         if values.dtype != np.float32:
             raise ModelMismatchError(f"{folder}: {name} is {values.dtype}, expected float32")
         if not np.isfinite(values).all():
             raise StateError(f"{folder}: {name} holds numbers that are not finite; take another copy of the adapter")
-    if header.get("fedmini_trained") == "B" and header.get("fedmini_seed", "").isdecimal():
-        seed = int(header["fedmini_seed"])
-        shape = LoraShape(shape.lora_rank, shape.lora_alpha, shape.target_modules, shape.layers, trained="B", seed=seed)
-    elif header.get("fedmini_seed", "").isdecimal():
-        shape = LoraShape(
-            shape.lora_rank, shape.lora_alpha, shape.target_modules, shape.layers, "AB", int(header["fedmini_seed"])
-        )
     _check_tensors(folder, shape, tensors)
     if shape.trained == "AB":
         return shape, dict(sorted(tensors.items()))
     return shape, {name: tensors[name] for name in sorted(tensors) if name.endswith(".lora_B.weight")}
+
+
+def _read_header(header: Mapping[str, str]) -> dict[str, Any]:
+    """`trained` and `seed`, as write_adapter noted them; "AB" for what it did not write."""
+    try:
+        noted = json.loads(header.get(_HEADER, "{}"))
+    except ValueError:
+        noted = {}
+    if isinstance(noted, dict) and noted.get("trained") in ("B", "AB") and _is_count(noted.get("seed"), limit=2**63):
+        return {"trained": noted["trained"], "seed": noted["seed"]}
+    return {"trained": "AB", "seed": 0}
 
 
 def _read_shape(folder: Path) -> LoraShape:
@@ -103,8 +110,8 @@ def _read_shape(folder: Path) -> LoraShape:
     return LoraShape(rank, float(alpha), tuple(targets), None if layers is None else tuple(layers), "AB", 0)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10_000
+def _is_count(value: Any, limit: int = 10_000) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
 def _is_module_name(value: Any) -> bool:

@@ -42,10 +42,17 @@ def repack(path: Path, folder: Path) -> Mapping[str, Any]:
         else:
             weights[tensor.name] = pack_matrix(tensor.quantization, tensor.data)
     save_file(_flatten(weights), folder / _TENSORS)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.save_pretrained(folder / _TOKENIZER)
+    _convert_tokenizer(path).save_pretrained(folder / _TOKENIZER)
     digest = digests.weights_digest({name: partial(dequantized, weight) for name, weight in weights.items()})
     return {"config": gguf.config, "quantizations": quantizations, "weights_digest": digest}
+
+
+def _convert_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers raises whatever its conversion stumbles on
+        raise ConfigError(f"transformers can't convert the tokenizer in {path} ({type(error).__name__})") from error
+    return tokenizer
 
 
 def dequantized(weight: Weight) -> torch.Tensor:

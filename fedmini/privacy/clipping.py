@@ -27,3 +27,16 @@ def clip(vector: NDArray[np.floating[Any]], clip_norm: float) -> NDArray[np.floa
     if largest <= clip_norm / direction_norm:
         return values
     return direction * (clip_norm / direction_norm)
+
+
+def clip_rows(
+    rows: NDArray[np.floating[Any]], clip_norm: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """`clip` for each row of (num_units, num_coordinates), and whether it was scaled down, (num_units,).
+
+    A row that is not finite gives zeros, and counts as clipped.
+    """
+    if not len(rows):
+        return np.zeros(rows.shape), np.zeros(0, np.bool_)
+    clipped = np.stack([clip(row, clip_norm) for row in rows])
+    return clipped, np.array([not np.array_equal(after, before) for after, before in zip(clipped, rows, strict=True)])

@@ -65,6 +65,7 @@ class RunFacts:
     is_stated: bool  # whether privacy.json is there, and as new as the ledger
     guarantees: tuple[Guarantee, ...]
     not_covered: tuple[str, ...]
+    grounds: tuple[str, ...]  # where the sum was formed and how epsilon was computed, as privacy.json says
 
     @property
     def rounds(self) -> tuple[Mapping[str, Any], ...]:
@@ -117,6 +118,7 @@ def read_facts(directory: Path) -> RunFacts:
             is_stated=stated is not None,
             guarantees=_stated(stated) if stated is not None else _provisional(record, history),
             not_covered=tuple(str(item) for item in stated["not_covered"]) if stated is not None else (),
+            grounds=tuple(str(stated[key]) for key in ("simulated", "accountant") if key in stated) if stated else (),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(f"{run.manifest} or {run.privacy} is damaged: restore them from a backup") from error

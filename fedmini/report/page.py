@@ -69,9 +69,10 @@ def _privacy(facts: RunFacts) -> str:
         parts.append("<p>These are separate guarantees for different units. They are never added up.</p>")
     if facts.guarantees:
         parts.append(_guarantees(facts))
-    assumed = dict.fromkeys(item for guarantee in facts.guarantees for item in guarantee.assumes)
-    if assumed:
-        parts.append(f"<h3>What this assumes</h3>\n{_list(assumed)}")
+    assumed = [item for guarantee in facts.guarantees for item in guarantee.assumes]
+    assumed = list(dict.fromkeys([*assumed, *facts.grounds]))
+    if assumed and facts.is_private:
+        parts.append(f"<h3>What this rests on</h3>\n{_list(assumed)}")
     if facts.not_covered and facts.is_private:
         parts.append(f"<h3>What is not covered</h3>\n{_list(facts.not_covered)}")
     return "\n".join(parts)

@@ -75,6 +75,7 @@ def scale_by_powers(axes: "Axes") -> None:
 
 
 def png(figure: "Figure") -> bytes:
+    """A PNG file on white, for documents; the same bytes for the same figure."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return content.getvalue()

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from fedmini.planning import NOISE_TO_SIGNAL_LIMIT
 from fedmini.report import pictures, wording
 from fedmini.report.facts import RunFacts, is_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-NOISE_TO_SIGNAL_LIMIT = 3.0
 
 
 @dataclass(frozen=True, slots=True)
