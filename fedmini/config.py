@@ -80,9 +80,17 @@ class LocalSection(Section):
     learning_rate: Positive = 1.0
     optimizer: Literal["sgd", "adam"] = "sgd"
     max_length: Annotated[int, Field(ge=8)] = 128
-    physical_batch_size: Count = 32  # examples in memory at once; changes nothing but memory and speed
-    checkpointing: bool = False
+    detach_prefix: bool = False  # hold the template's fixed beginning constant: cheaper, no gradient through it
+    physical_batch_size: Count = 16  # examples in memory at once; changes nothing but memory and speed
+    checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
     loss_chunk_tokens: Count = 256  # positions whose logits exist at once
+
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.detach_prefix and self.checkpointing:
+            raise ValueError("detach_prefix and checkpointing can't be true together: choose one")
+        return self
 
 
 class RoundsSection(Section):

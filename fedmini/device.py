@@ -27,7 +27,7 @@ class Device:
         model: LoraModel,
         manifest: Manifest,
         streams: Streams,
-        physical_batch_size: int = 32,
+        physical_batch_size: int = 16,
     ) -> None:
         if model.fingerprint != manifest.base_fingerprint:
             raise ModelMismatchError(

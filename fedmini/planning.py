@@ -132,6 +132,7 @@ def _local_plan(config: RunConfig) -> LocalPlan:
         learning_rate=local.learning_rate,
         optimizer=local.optimizer,
         max_length=local.max_length,
+        detach_prefix=local.detach_prefix,
     )
 
 

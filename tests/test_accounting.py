@@ -213,7 +213,7 @@ def test_the_integer_mechanism_is_no_less_private_than_the_accountant_says(
         assert real > 0.9 * claimed  # not by being wasteful
 
 
-def test_twin_with_ten_times_less_noise_the_brute_force_catches_the_claim():
+def test_twin_with_an_eighth_less_noise_the_brute_force_catches_the_claim():
     claimed = spent(accounting.effective_multiplier(16**2, 4, encoding.sensitivity(50.5, 1.0, 1)), 1.0, 1, 1e-5)
     law = neighbours(noise_mass(14**2, 4), 50.5, 1.0, None)
     assert hockey_stick_epsilon(*law, 1, 1e-5) > claimed

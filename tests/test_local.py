@@ -15,7 +15,7 @@ from fedmini.privacy.noise import RandomStream
 from fedmini.types import LocalPlan, UnitPlan
 from tests import tiny_llama
 
-PLAN = LocalPlan(1, 0.5, 4.0, 0.1, "sgd", 64)
+PLAN = LocalPlan(1, 0.5, 4.0, 0.1, "sgd", 64, detach_prefix=False)
 LENGTHS = (5, 9, 7, 12, 6, 8, 11, 10)
 
 

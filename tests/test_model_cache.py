@@ -93,7 +93,7 @@ def test_a_source_is_hashed_once_until_it_changes(tmp_path):
 
 
 def test_a_missing_source_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="can't read .*absent"):
+    with pytest.raises(ConfigError, match=r"can't read .*absent"):
         cache.source_digest(tmp_path / "absent", tmp_path)
 
 

@@ -39,7 +39,12 @@ def assert_rows_close(got, expected):
 @pytest.mark.parametrize("trained", ["B", "AB"])
 @pytest.mark.parametrize(
     ("lora_rank", "targets", "layers"),
-    [(1, ("v_proj",), None), (2, ("v_proj", "o_proj"), (1,)), (4, EVERYTHING, None), (8, ("q_proj", "down_proj"), (0,))],
+    [
+        (1, ("v_proj",), None),
+        (2, ("v_proj", "o_proj"), (1,)),
+        (4, EVERYTHING, None),
+        (8, ("q_proj", "down_proj"), (0,)),
+    ],
 )
 def test_every_row_is_the_gradient_of_that_example_alone(lora_rank, targets, layers, trained, checkpointing):
     lora_model = model(LoraShape(lora_rank, 4.0, targets, layers, trained, 0), checkpointing=checkpointing)

@@ -80,8 +80,10 @@ def test_other_weights_have_another_digest(tmp_path):
 
 
 def test_a_packed_base_is_smaller_than_a_dense_one(tmp_path):
-    sizes = {kind: load(tmp_path, path=tiny_llama.write_gguf(tmp_path / f"{kind}.gguf", kind)).size_bytes for kind in
-             ("Q4_1", "Q8_0", "F32")}
+    sizes = {
+        kind: load(tmp_path, path=tiny_llama.write_gguf(tmp_path / f"{kind}.gguf", kind)).size_bytes
+        for kind in ("Q4_1", "Q8_0", "F32")
+    }
 
     assert sizes["Q4_1"] < sizes["Q8_0"] < sizes["F32"] / 3
 
@@ -206,15 +208,36 @@ def test_cuda_without_a_gpu_is_refused():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("weights", ["nf4", "int8"])
-def test_a_folder_is_quantised_on_loading(tmp_path, folder, weights):
-    base = load(tmp_path, path=folder, weights=weights)
-    model = tiny_llama.with_random_adapter(LoraModel(base, tiny_llama.SHAPE))
+def test_gradients_through_nf4_are_those_of_the_same_weights_held_dense(tmp_path, folder):
+    import bitsandbytes
+
+    base = load(tmp_path, path=folder, weights="auto")
+    dense = dataclasses.replace(base, module=tiny_llama.llama(), weights="dense")
+    for name, layer in base.module.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            dense.module.get_submodule(name).weight.copy_(weight)
     examples = tiny_llama.examples((7, 12))
+    shape = dataclasses.replace(tiny_llama.SHAPE, target_modules=("q_proj", "v_proj", "down_proj"))
+    models = [tiny_llama.with_random_adapter(LoraModel(one, shape)) for one in (base, dense)]
+    for model in models:
+        model.evaluate(examples, batch_size=1)  # an answer without gradients first: it must not change the layers
 
-    rows = model.example_gradients(examples)
-    model.mean_loss_gradient(examples)
-    mean = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    got, expected = (model.example_gradients(examples) for model in models)
 
-    assert base.weights == weights
-    torch.testing.assert_close(rows.gradients.mean(0), mean, rtol=1e-2, atol=1e-3)
+    assert base.weights == "nf4"
+    torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_rows_through_int8_are_the_gradients_of_each_example_alone(tmp_path, folder):
+    base = load(tmp_path, path=folder, weights="int8")
+    model = tiny_llama.with_random_adapter(LoraModel(base, tiny_llama.SHAPE))
+    (example,) = tiny_llama.examples((12,))
+
+    rows = model.example_gradients([example])
+    model.mean_loss_gradient([example])
+    alone = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    assert base.weights == "int8"
+    torch.testing.assert_close(rows.gradients[0], alone, rtol=1e-4, atol=1e-6)

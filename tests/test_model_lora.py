@@ -36,7 +36,9 @@ def test_training_a_as_well_adds_it_to_the_template():
     model = LoraModel(tiny_llama.base(), dataclasses.replace(SHAPE, trained="AB"))
 
     assert (NAME_OF_A, (2, 32)) in model.template
-    np.testing.assert_array_equal(model.initial_adapter()[NAME_OF_A], frozen_draw.kaiming_uniform(0, NAME_OF_A, (2, 32)))
+    np.testing.assert_array_equal(
+        model.initial_adapter()[NAME_OF_A], frozen_draw.kaiming_uniform(0, NAME_OF_A, (2, 32))
+    )
 
 
 def test_a_new_model_answers_as_its_base_and_leaves_it_unchanged():

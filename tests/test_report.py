@@ -234,8 +234,8 @@ def test_the_page_states_the_guarantee_whom_it_holds_against_and_what_it_rests_o
         "its epsilon would be 143.210",
         "the server sees the sum and no single contribution",
         "the time a reply takes",
-        "the sum was formed in one process",
-        "dp-accounting, privacy loss distributions",
+        "this is a simulation: the sum was formed in one process",
+        "epsilon was computed with dp-accounting, privacy loss distributions",
     ):
         assert words in page.text
 

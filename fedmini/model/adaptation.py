@@ -101,7 +101,7 @@ def _linears_in_layers(module: PreTrainedModel) -> list[tuple[int, str]]:
 
 
 def _is_embedding_or_head(module: PreTrainedModel, part: nn.Module) -> bool:
-    return isinstance(part, nn.Embedding) or part is module.get_output_embeddings()
+    return isinstance(part, nn.Embedding) or part is module.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
 def _refuse_shared(module: PreTrainedModel, chosen: list[str]) -> None:

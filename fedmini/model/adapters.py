@@ -41,7 +41,7 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
     config.inference_mode = True
     described = {
         key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.to_dict().items()
+        for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
         if not key.startswith("_")
     }
     # One entry: safetensors writes several in any order, and the same adapter must give the same bytes.
@@ -95,11 +95,12 @@ def _read_shape(folder: Path) -> LoraShape:
         raise StateError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelMismatchError(f"{path} does not describe a LoRA adapter")
-    defaults = LoraConfig().to_dict() | {"init_lora_weights": True}
+    defaults = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
     for key, value in config.items():
         if key not in (*_READ, *_HARMLESS) and value and value != defaults.get(key):
             raise ModelMismatchError(f"{path}: {key} is set; only plain LoRA is supported")
-    rank, alpha, targets, layers = (config.get(key) for key in _READ)
+    rank: Any = config.get("r")
+    alpha, targets, layers = (config.get(key) for key in _READ[1:])
     layers = [layers] if isinstance(layers, int) else layers
     if not (_is_count(rank) and rank >= 1 and isinstance(alpha, int | float) and np.isfinite(alpha) and alpha > 0):
         raise ModelMismatchError(f"{path}: r must be a positive integer and lora_alpha a positive number")

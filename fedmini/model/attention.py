@@ -1,7 +1,8 @@
 """Causal attention for short sequences on a CPU, where torch's fused kernel spends most of backward on conversions.
 
 Heads that share a key are multiplied as one; probabilities are in float32, and computed again in backward instead of
-kept. At 24 examples of 64 tokens in bfloat16 the whole training step takes 0.8 of its time with the fused kernel.
+kept. In bfloat16 a whole training step takes 0.75 to 0.8 of its time with the fused kernel (24 examples of 64 tokens,
+8 of 128), in the same memory; transformers' eager attention is as fast, in 200 to 300 MB more.
 """
 
 from typing import Any
@@ -39,15 +40,13 @@ def _attend(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return result
-    output: torch.Tensor = _CausalAttention.apply(query, key, value, scaling)
+    output: torch.Tensor = _CausalAttention.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2), None  # (batch, length, heads, head_dim)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         ctx.scaling = scaling
         ctx.save_for_backward(query, key, value)
         grouped = _grouped(query, key)

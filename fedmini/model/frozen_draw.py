@@ -16,7 +16,8 @@ def kaiming_uniform(seed: int, name: str, shape: tuple[int, int]) -> NDArray[np.
     """
     words = np.frombuffer(_key_stream(seed, name, 4 * shape[0] * shape[1]), dtype="<u4")
     unit = (words >> 8).astype(np.float64) / 2**24  # in [0, 1), exact
-    return ((2 * unit - 1) / np.sqrt(shape[1])).astype(np.float32).reshape(shape)
+    values: NDArray[np.float32] = ((2 * unit - 1) / np.sqrt(shape[1])).astype(np.float32)
+    return values.reshape(shape)
 
 
 def _key_stream(seed: int, name: str, size_bytes: int) -> bytes:

@@ -44,7 +44,11 @@ def reply(
 def _prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ConfigError("this base has no chat template: choose a base that is made for conversations")
-    text = str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    text = str(
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+    )
     prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return prompt
 

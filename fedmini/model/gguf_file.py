@@ -47,10 +47,10 @@ class GgufTensor:
     data: NDArray[Any]
 
 
-class _PlainReader(GGUFReader):  # type: ignore[misc]
+class _PlainReader(GGUFReader):
     """gguf's reader over a plain array: slicing np.memmap hundreds of thousands of times takes twice as long."""
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> NDArray[np.uint8]:
         return self._plain
 

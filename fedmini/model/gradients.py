@@ -6,7 +6,7 @@ with `grad_sample_mode="no_op"`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
@@ -19,7 +19,7 @@ class GradientRecorder:
     flat: torch.Tensor | None = None  # (num_examples, num_parameters), float32
 
 
-class RecordingLinear(Linear):  # type: ignore[misc]
+class RecordingLinear(Linear):
     """PEFT's LoRA layer; while its recorder is on, backward records instead of filling `.grad`.
 
     Row i of the input is example i; the first dimension is the batch. `place_of_a`, `place_of_b`: where the tensors'
@@ -38,18 +38,16 @@ class RecordingLinear(Linear):  # type: ignore[misc]
         if self.recorder.flat is None or not torch.is_grad_enabled():
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
-        result: torch.Tensor = _RecordedLora.apply(self.base_layer(x), x, self.a, self.b, self)
+        result: torch.Tensor = _RecordedLora.apply(self.base_layer(x), x, self.a, self.b, self)  # type: ignore[no-untyped-call]
         return result
 
     @property
     def a(self) -> torch.nn.Parameter:
-        weight: torch.nn.Parameter = self.lora_A[self.active_adapters[0]].weight
-        return weight
+        return cast(torch.nn.Parameter, self.lora_A[self.active_adapters[0]].weight)
 
     @property
     def b(self) -> torch.nn.Parameter:
-        weight: torch.nn.Parameter = self.lora_B[self.active_adapters[0]].weight
-        return weight
+        return cast(torch.nn.Parameter, self.lora_B[self.active_adapters[0]].weight)
 
     def record(self, place: int, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add left^T right of each example, times the scaling: (n, t, rows), (n, t, columns) -> (n, rows, columns)."""
@@ -76,7 +74,8 @@ class _RecordedLora(torch.autograd.Function):
         ctx.save_for_backward(x if layer.place_of_a is not None else None, hidden)
         ctx.layer = layer
         update = hidden @ (b.t() * layer.scaling[layer.active_adapters[0]])
-        return (base + update).to(base.dtype)
+        result: torch.Tensor = (base + update).to(base.dtype)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -84,13 +83,14 @@ class _RecordedLora(torch.autograd.Function):
         x, hidden = ctx.saved_tensors
         a, b = layer.a, layer.b
         gradient = gradients[0].to(b.dtype)  # (num_examples, length, num_outputs)
-        to_hidden = gradient @ b if layer.place_of_a is not None or ctx.needs_input_grad[1] else None
         if layer.place_of_b is not None:
             layer.record(layer.place_of_b, b, gradient, hidden)
-        if layer.place_of_a is not None:
-            layer.record(layer.place_of_a, a, to_hidden, x.to(a.dtype))
         to_x = None
-        if ctx.needs_input_grad[1]:
-            scaling = layer.scaling[layer.active_adapters[0]]
-            to_x = (to_hidden @ (a * scaling)).to(gradients[0].dtype)
+        if layer.place_of_a is not None or ctx.needs_input_grad[1]:
+            to_hidden = gradient @ b
+            if layer.place_of_a is not None:
+                layer.record(layer.place_of_a, a, to_hidden, x.to(a.dtype))
+            if ctx.needs_input_grad[1]:
+                scaling = layer.scaling[layer.active_adapters[0]]
+                to_x = (to_hidden @ (a * scaling)).to(gradients[0].dtype)
         return gradients[0] if ctx.needs_input_grad[0] else None, to_x, None, None, None

@@ -5,17 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedmini.errors import ConfigError, ModelMismatchError
-from fedmini.model import adaptation, adapters, digests, frozen_draw, generation, loss
+from fedmini.model import adaptation, adapters, digests, frozen_draw, generation, loss, prefix
 from fedmini.model.gradients import GradientRecorder
 from fedmini.model.loading import Base
+from fedmini.model.prefix import PrefixReader
 from fedmini.types import Adapter, EncodedExample, LoraShape, Template, Vector
 
 
@@ -33,15 +36,23 @@ class LoraModel:
     """A base with LoRA. Computes in the base's type; LoRA tensors and their gradients are float32.
 
     Several may stand on one base: they share its weights. Not for two threads at once. Raises ConfigError for a shape
-    that doesn't fit the base, or whose gradients would be silently wrong.
+    that doesn't fit the base, or whose gradients would be silently wrong. With `detach_prefix`, a beginning that a
+    batch's examples share is read once and held constant: no gradient goes through it, and none of its cost is paid.
     """
 
-    def __init__(self, base: Base, shape: LoraShape, checkpointing: bool = False, loss_chunk_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        base: Base,
+        shape: LoraShape,
+        checkpointing: bool = False,
+        loss_chunk_tokens: int = 256,
+        detach_prefix: bool = False,
+    ) -> None:
         self.base, self.shape = base, shape
         self._chunk_tokens = loss_chunk_tokens
         self.peft_model = adaptation.adapt(base.module, shape)
-        self._causal = self.peft_model.get_base_model()
-        self._head = self._causal.get_output_embeddings()
+        self._causal = cast(PreTrainedModel, self.peft_model.get_base_model())
+        self._head: torch.nn.Module = self._causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._recorder = GradientRecorder()
         self._tensors = self._draw_frozen()
         self._trained = {name: tensor for name, tensor in self._tensors.items() if tensor.requires_grad}
@@ -49,6 +60,10 @@ class LoraModel:
         self.num_parameters = sum(tensor.numel() for tensor in self._trained.values())
         self._attach_layers()
         self._checkpointed = self._prepare_checkpointing() if checkpointing else []
+        self._prefix = PrefixReader(self._causal, self.parameters())
+        if detach_prefix and checkpointing:
+            raise ConfigError("a prefix can't be detached under checkpointing: a recomputed layer would read it twice")
+        self._detach_prefix = detach_prefix
         if base.weights != "packed":
             self._check_head()
 
@@ -85,7 +100,9 @@ class LoraModel:
                 raise ModelMismatchError(f"adapter: {name} holds numbers that are not finite")
         with torch.no_grad():
             for name, tensor in self._trained.items():
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(adapter[name], dtype=np.float32)))
+                values = torch.from_numpy(np.ascontiguousarray(adapter[name], dtype=np.float32))
+                if not torch.equal(tensor.cpu(), values):  # what is read of a shared prefix stays valid
+                    tensor.copy_(values)
 
     def flat(self) -> Vector:
         """The adapter as one vector: the template's order, C order within a tensor."""
@@ -168,8 +185,14 @@ class LoraModel:
         return generation.reply(self._causal, self.base.tokenizer, messages, sampling)
 
     def _target_losses(self, batch: loss.TokenBatch) -> torch.Tensor:
-        hidden = self._causal.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        return loss.target_losses(hidden[batch.rows, batch.columns], batch.targets, self._head, self._chunk_tokens)
+        detach = self._detach_prefix or not torch.is_grad_enabled()
+        length = prefix.shared_length(batch) if detach else 0
+        past = self._prefix.read(batch.tokens[0, :length], len(batch.tokens)) if length else None
+        hidden = self._causal.base_model(
+            input_ids=batch.tokens[:, length:], past_key_values=past, use_cache=False
+        ).last_hidden_state
+        chosen = hidden[batch.rows, batch.columns - length]
+        return loss.target_losses(chosen, batch.targets, self._head, self._chunk_tokens)
 
     def _draw_frozen(self) -> dict[str, torch.nn.Parameter]:
         """Every LoRA tensor at its first value, sorted by PEFT's name."""
@@ -199,7 +222,8 @@ class LoraModel:
             raise ConfigError(f"local.checkpointing: {type(self._causal).__name__} doesn't support it; say false")
         for layer in layers:
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
         return layers
 
     @contextmanager
@@ -218,7 +242,8 @@ class LoraModel:
         """Raise ConfigError where logits are more than the head of the hidden states (capped, scaled, biased)."""
         tokens = torch.tensor([[1, 2, 3]], device=self.base.accelerator)
         hidden = self._causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        ours = (hidden @ self._head.weight.to(hidden.dtype).t()).float()
+        weight = cast(torch.Tensor, self._head.weight).to(hidden.dtype)
+        ours = (hidden @ weight.t()).float()
         theirs = self._causal(input_ids=tokens, use_cache=False).logits.float()
         if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
             raise ConfigError(

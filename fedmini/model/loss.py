@@ -57,7 +57,7 @@ def target_losses(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, 
     once a call, in chunks of the vocabulary.
     """
     weight = head.packed.dense(hidden.dtype) if isinstance(head, PackedHead) else head.weight.to(hidden.dtype)
-    losses: torch.Tensor = _TargetLosses.apply(hidden, targets, weight, chunk_tokens)
+    losses: torch.Tensor = _TargetLosses.apply(hidden, targets, weight, chunk_tokens)  # type: ignore[no-untyped-call]
     return losses
 
 

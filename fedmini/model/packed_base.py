@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fedmini.errors import ConfigError
-from fedmini.model import cache, digests
+from fedmini.model import attention, cache, digests
 from fedmini.model.gguf_file import GgufFile
 from fedmini.model.packed_layers import PackedEmbedding, PackedHead, PackedLinear
 from fedmini.model.packing import PackedMatrix, PackedRows, pack_matrix, pack_rows
@@ -101,7 +101,11 @@ def build_module(
             module.lm_head = PackedHead(embedding.packed)
         else:
             module.lm_head.weight = embedding.weight
-    return module.requires_grad_(False).eval()
+    if compute_dtype == torch.bfloat16 and accelerator.type == "cpu":
+        module.set_attn_implementation(attention.register())
+    module.requires_grad_(False)
+    module.eval()  # type: ignore[no-untyped-call]
+    return module
 
 
 def _put(module: nn.Module, name: str, weight: Weight, compute_dtype: torch.dtype) -> None:

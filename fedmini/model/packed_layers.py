@@ -14,10 +14,14 @@ class PackedLinear(nn.Linear):
     The dense weight is never kept for backward, unless `hold_dense` asks for it.
     """
 
+    values: torch.Tensor
+    scales: torch.Tensor
+    minimums: torch.Tensor | None
+
     def __init__(self, packed: PackedMatrix) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
-        self.bias = None
+        self.register_parameter("bias", None)
         self.quantization = packed.quantization
         self.register_buffer("values", packed.values)
         self.register_buffer("scales", packed.scales)
@@ -36,7 +40,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._held is not None and self._held.dtype == x.dtype:
             return x @ self._held
-        result: torch.Tensor = _PackedMatmul.apply(x, self.packed)
+        result: torch.Tensor = _PackedMatmul.apply(x, self.packed)  # type: ignore[no-untyped-call]
         return result
 
     def hold_dense(self, dtype: torch.dtype | None) -> None:
@@ -58,6 +62,10 @@ class _PackedMatmul(torch.autograd.Function):
 
 class PackedEmbedding(nn.Embedding):
     """An embedding whose rows are dequantised as they are looked up, and rounded to `compute_dtype`."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    minimums: torch.Tensor | None
 
     def __init__(self, packed: PackedRows, compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -83,10 +91,14 @@ class PackedEmbedding(nn.Embedding):
 class PackedHead(nn.Linear):
     """Logits from packed rows, which an embedding may share. Dequantised in chunks of the vocabulary."""
 
+    values: torch.Tensor
+    scales: torch.Tensor
+    minimums: torch.Tensor | None
+
     def __init__(self, packed: PackedRows) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
-        self.bias = None
+        self.register_parameter("bias", None)
         self.quantization = packed.quantization
         self.register_buffer("values", packed.values)
         self.register_buffer("scales", packed.scales)

@@ -71,11 +71,12 @@ def load_module(
     """The frozen model. No code of the folder is run. Raises ConfigError where transformers can't load it."""
     quantization: dict[str, Any] = {}
     if weights == "nf4":
-        quantization["quantization_config"] = BitsAndBytesConfig(
+        quantization["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
     elif weights == "int8":
-        quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        # A threshold above 0 looks for outliers over the whole batch: one example would change another's gradient.
+        quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # type: ignore[no-untyped-call]
     try:
         module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -87,8 +88,15 @@ def load_module(
         )
     except Exception as error:  # transformers raises whatever its loaders stumble on
         raise ConfigError(f"transformers can't load {folder} as a causal language model: {_one_line(error)}") from error
+    for part in module.modules():
+        # On some processors bitsandbytes would repack a layer at its first answer, for good, into a form through which
+        # no gradient flows: what lies below it would be trained wrongly, without an error.
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     module.config.use_cache = False
-    return module.requires_grad_(False).eval()
+    module.requires_grad_(False)
+    module.eval()  # type: ignore[no-untyped-call]
+    return module
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

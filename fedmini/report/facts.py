@@ -118,7 +118,7 @@ def read_facts(directory: Path) -> RunFacts:
             is_stated=stated is not None,
             guarantees=_stated(stated) if stated is not None else _provisional(record, history),
             not_covered=tuple(str(item) for item in stated["not_covered"]) if stated is not None else (),
-            grounds=tuple(str(stated[key]) for key in ("simulated", "accountant") if key in stated) if stated else (),
+            grounds=_grounds(stated) if stated is not None else (),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(f"{run.manifest} or {run.privacy} is damaged: restore them from a backup") from error
@@ -171,6 +171,11 @@ def _statement(run: RunDirectory, record: Mapping[str, Any], ledger: LedgerFacts
     if num_lines > len(ledger.lines) or chain.position(ledger.lines, num_lines).hash != last_hash:
         raise StateError(f"{run.ledger} is not the one that {run.privacy} was written from: restore both from a backup")
     return stated if num_lines == len(ledger.lines) else None
+
+
+def _grounds(statement: Mapping[str, Any]) -> tuple[str, ...]:
+    known = (("simulated", "this is a simulation: "), ("accountant", "epsilon was computed with "))
+    return tuple(f"{opening}{statement[key]}" for key, opening in known if key in statement)
 
 
 def _stated(statement: Mapping[str, Any]) -> tuple[Guarantee, ...]:

@@ -72,7 +72,8 @@ def _privacy(facts: RunFacts) -> str:
     assumed = [item for guarantee in facts.guarantees for item in guarantee.assumes]
     assumed = list(dict.fromkeys([*assumed, *facts.grounds]))
     if assumed and facts.is_private:
-        parts.append(f"<h3>What this rests on</h3>\n{_list(assumed)}")
+        heading = "What this would rest on, were it not seeded" if facts.is_seeded else "What this rests on"
+        parts.append(f"<h3>{heading}</h3>\n{_list(assumed)}")
     if facts.not_covered and facts.is_private:
         parts.append(f"<h3>What is not covered</h3>\n{_list(facts.not_covered)}")
     return "\n".join(parts)

@@ -162,8 +162,8 @@ def _draw_epsilon(axes: "Axes", facts: RunFacts) -> None:
 def _noise(facts: RunFacts) -> _Sketch:
     caption = (
         "Length of the noise in a round's mean against the length of what is left of it as signal. Look for points "
-        "below the line at 3: above it a round is mostly noise, and more devices or a lower LoRA rank would help more "
-        "than more rounds."
+        "below the line at 3: above it a single round says little, and many are needed to learn anything. More "
+        "devices, or a lower LoRA rank, bring the points down."
     )
     ratios = dict(facts.series("noise_to_signal"))
     absent = [str(line["round"]) for line in facts.rounds if line["round"] not in ratios]
@@ -196,7 +196,8 @@ def _draw_noise(axes: "Axes", facts: RunFacts) -> None:
 def _bytes(facts: RunFacts) -> _Sketch:
     caption = (
         "What a device that took part in every round has sent and received, in all. Look at the right end: it is the "
-        "most that a person's data plan was charged for the run (without the base model, which is installed once)."
+        "most that the run's updates cost one person's data plan. The base model, which is installed once, and the "
+        "protocol's own messages are not counted."
     )
     return _Sketch("bytes", "Bytes per device", caption, _draw_bytes, _before_any_round(facts))
 

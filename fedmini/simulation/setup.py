@@ -81,6 +81,7 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
         planning.lora_shape(config),
         checkpointing=config.local.checkpointing,
         loss_chunk_tokens=config.local.loss_chunk_tokens,
+        detach_prefix=config.local.detach_prefix,
     )
     config = _resolve(config, str(base.compute_dtype).removeprefix("torch."), num_threads)
     tell(Progress("data", "reading and encoding the examples"))

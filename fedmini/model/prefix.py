@@ -1,0 +1,45 @@
+"""The beginning that a batch's examples share, a chat template's system turn for the most part: read once, not n times."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from fedmini.model.loss import TokenBatch
+
+MIN_LENGTH = 4  # tokens; a shorter beginning is not worth a pass of its own
+
+
+def shared_length(batch: TokenBatch) -> int:
+    """How many tokens all examples begin with alike, before any position that predicts a target."""
+    limit = int(batch.columns.min())
+    alike = (batch.tokens[:, :limit] == batch.tokens[:1, :limit]).all(dim=0)
+    length = int(alike.long().cumprod(0).sum())
+    return length if length >= MIN_LENGTH else 0
+
+
+class PrefixReader:
+    """Keys and values of a shared beginning, kept until the tokens or the trained tensors change."""
+
+    def __init__(self, model: PreTrainedModel, trained: Sequence[torch.Tensor]) -> None:
+        self._model, self._trained = model, tuple(trained)
+        self._key: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def read(self, tokens: torch.Tensor, num_examples: int) -> DynamicCache:
+        """A cache of `tokens` (length,), as if each of `num_examples` examples had read them; no gradient goes through."""
+        key = (tuple(tokens.tolist()), tuple(tensor._version for tensor in self._trained))
+        if key != self._key:
+            with torch.no_grad():
+                cache = DynamicCache()
+                self._model.base_model(input_ids=tokens[None], use_cache=True, past_key_values=cache)
+            self._layers = [(layer.keys, layer.values) for layer in cache.layers]  # (1, heads, length, head size)
+            self._key = key
+        fresh = DynamicCache()
+        for index, (keys, values) in enumerate(self._layers):
+            fresh.update(
+                keys.expand(num_examples, -1, -1, -1).contiguous(),
+                values.expand(num_examples, -1, -1, -1).contiguous(),
+                index,
+            )
+        return fresh
