@@ -85,7 +85,6 @@ class LocalSection(Section):
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
     loss_chunk_tokens: Count = 256  # positions whose logits exist at once
 
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.detach_prefix and self.checkpointing:

@@ -61,7 +61,7 @@ class ProgressDisplay:
     def _print(self, line: str) -> None:
         if line != self._last_line:
             elapsed = time.monotonic() - self._started
-            self._console.print(f"[{elapsed:6.1f} s] {line}", markup=False, highlight=False)
+            self._console.print(f"[{elapsed:6.1f} s] {line}", markup=False, highlight=False, soft_wrap=True)
             self._last_line = line
 
     def _render(self, progress: "Progress") -> Group:

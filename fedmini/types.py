@@ -60,7 +60,7 @@ class LocalPlan:
     learning_rate: float
     optimizer: LocalOptimizer
     max_length: int  # tokens
-    detach_prefix: bool  # no gradient through the beginning that all examples of a batch share (the template's)
+    detach_prefix: bool  # no gradient through what the chat template puts before every prompt
 
 
 @dataclass(frozen=True, slots=True)

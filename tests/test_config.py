@@ -49,7 +49,11 @@ def test_a_dumped_configuration_loads_as_the_same(tmp_path: Path) -> None:
 
 def test_an_override_replaces_one_value_and_unset_removes_it(tmp_path: Path) -> None:
     found = load(
-        tmp_path, MINIMAL, "privacy.example.target_epsilon=8", "privacy.example.noise_multiplier=unset", "run.name=other"
+        tmp_path,
+        MINIMAL,
+        "privacy.example.target_epsilon=8",
+        "privacy.example.noise_multiplier=unset",
+        "run.name=other",
     )
     assert found.privacy.example is not None
     assert found.privacy.example.target_epsilon == 8

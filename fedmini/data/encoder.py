@@ -63,6 +63,11 @@ class Encoder:
         self._begin = _begin_ids(tokenizer)
         self._frame = _frame(tokenizer, self._control_ids) if template == "chat" else None
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that the template puts before every prompt, whoever wrote it; none for raw text."""
+        return self._frame.before_prompt if self._frame is not None else ()
+
     def encode(self, example: Example) -> EncodedExample | None:
         """One example as tokens; None where no target fits."""
         return next(self._encode_batch([example]))

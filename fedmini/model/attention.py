@@ -27,15 +27,16 @@ def register() -> str:
 def _attend(
     module: nn.Module,
     query: torch.Tensor,  # (batch, heads, length, head_dim)
-    key: torch.Tensor,  # (batch, key heads, length, head_dim)
+    key: torch.Tensor,  # (batch, key heads, prefix + length, head_dim)
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    length = query.shape[2]
-    plain = attention_mask is None and key.shape[2] == length and not kwargs.get("dropout")
-    if not plain or length > LONGEST or scaling is None or not torch.is_grad_enabled():
+    # More keys than queries: a prefix was read before, and every query sees all of it. Its mask says nothing more,
+    # since no batch here is padded on the left.
+    plain = (attention_mask is None or key.shape[2] > query.shape[2]) and not kwargs.get("dropout")
+    if not plain or key.shape[2] > LONGEST or scaling is None or not torch.is_grad_enabled():
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -78,8 +79,9 @@ def _flat(heads: torch.Tensor) -> torch.Tensor:
 
 
 def _probabilities(grouped: torch.Tensor, keys: torch.Tensor, scaling: float, length: int) -> torch.Tensor:
-    """float32, (batch * key heads, heads of a key * length, length); zero for what follows."""
+    """float32, (batch * key heads, heads of a key * length, prefix + length); zero for what follows."""
     scores = (grouped @ keys.transpose(1, 2)).float().mul_(scaling)
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
-    scores.view(len(scores), -1, length, length).masked_fill_(future, -torch.inf)
+    num_keys = keys.shape[1]
+    future = torch.ones(length, num_keys, dtype=torch.bool, device=scores.device).triu_(num_keys - length + 1)
+    scores.view(len(scores), -1, length, num_keys).masked_fill_(future, -torch.inf)
     return scores.softmax(dim=-1)

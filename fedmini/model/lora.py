@@ -36,8 +36,9 @@ class LoraModel:
     """A base with LoRA. Computes in the base's type; LoRA tensors and their gradients are float32.
 
     Several may stand on one base: they share its weights. Not for two threads at once. Raises ConfigError for a shape
-    that doesn't fit the base, or whose gradients would be silently wrong. With `detach_prefix`, a beginning that a
-    batch's examples share is read once and held constant: no gradient goes through it, and none of its cost is paid.
+    that doesn't fit the base, or whose gradients would be silently wrong. Of an example that begins with
+    the tokens `detached_prefix` (a public constant: the template's) that beginning is read once for all and held
+    constant: no gradient goes through it, and little of its cost is paid.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class LoraModel:
         shape: LoraShape,
         checkpointing: bool = False,
         loss_chunk_tokens: int = 256,
-        detach_prefix: bool = False,
+        detached_prefix: Sequence[int] = (),
     ) -> None:
         self.base, self.shape = base, shape
         self._chunk_tokens = loss_chunk_tokens
@@ -61,9 +62,9 @@ class LoraModel:
         self._attach_layers()
         self._checkpointed = self._prepare_checkpointing() if checkpointing else []
         self._prefix = PrefixReader(self._causal, self.parameters())
-        if detach_prefix and checkpointing:
+        if detached_prefix and checkpointing:
             raise ConfigError("a prefix can't be detached under checkpointing: a recomputed layer would read it twice")
-        self._detach_prefix = detach_prefix
+        self._detached = tuple(detached_prefix)
         if base.weights != "packed":
             self._check_head()
 
@@ -130,18 +131,35 @@ class LoraModel:
             place += tensor.numel()
         if not examples:
             return ExampleGradients(rows, np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
-        batch = loss.batch_of(examples, self.base.accelerator)
-        self._recorder.flat = rows
-        try:
-            with self._checkpointing():
-                means = batch.mean_of_each(self._target_losses(batch))
-                means.sum().backward()  # type: ignore[no-untyped-call]
-        finally:
-            self._recorder.flat = None
+        losses, num_targets = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+        for members, length in self._by_prefix(examples):
+            batch = loss.batch_of([examples[index] for index in members], self.base.accelerator)
+            own = rows if len(members) == len(examples) else torch.zeros_like(rows[: len(members)])
+            self._recorder.flat = own
+            try:
+                with self._checkpointing():
+                    means = batch.mean_of_each(self._target_losses(batch, length))
+                    means.sum().backward()  # type: ignore[no-untyped-call]
+            finally:
+                self._recorder.flat = None
+            if own is not rows:
+                rows[members] = own
+            losses[members] = means.detach().double().cpu().numpy()
+            num_targets[members] = batch.num_targets.cpu().numpy()
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        return ExampleGradients(
-            rows, means.detach().double().cpu().numpy(), batch.num_targets.cpu().numpy(), norms.cpu().numpy()
-        )
+        return ExampleGradients(rows, losses, num_targets, norms.cpu().numpy())
+
+    def _by_prefix(self, examples: Sequence[EncodedExample]) -> list[tuple[list[int], int]]:
+        """Who begins with the detached prefix, and who doesn't: (indices, length of the prefix), no empty group.
+
+        What an example's gradient is must be decided by that example alone: a beginning that a *batch* happens to share
+        would make it depend on who else was drawn, and one example would move the sum by more than its clip norm.
+        """
+        begins = [prefix.begins_with(example, self._detached) for example in examples]
+        groups = [
+            ([index for index, found in enumerate(begins) if found is wanted], wanted) for wanted in (True, False)
+        ]
+        return [(members, len(self._detached) if wanted else 0) for members, wanted in groups if members]
 
     def mean_loss_gradient(self, examples: Sequence[EncodedExample]) -> NDArray[np.float64]:
         """Set each `.grad` to the gradient of the examples' mean loss; give the losses, nats a token, (num_examples,).
@@ -152,11 +170,14 @@ class LoraModel:
             tensor.grad = torch.zeros_like(tensor)
         if not examples:
             return np.zeros(0)
-        batch = loss.batch_of(examples, self.base.accelerator)
-        with self._checkpointing():
-            means = batch.mean_of_each(self._target_losses(batch))
-            means.mean().backward()  # type: ignore[no-untyped-call]
-        return np.asarray(means.detach().double().cpu().numpy())
+        losses = np.zeros(len(examples))
+        for members, length in self._by_prefix(examples):
+            batch = loss.batch_of([examples[index] for index in members], self.base.accelerator)
+            with self._checkpointing():
+                means = batch.mean_of_each(self._target_losses(batch, length))
+                (means.sum() / len(examples)).backward()  # type: ignore[no-untyped-call]
+            losses[members] = means.detach().double().cpu().numpy()
+        return losses
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[EncodedExample], batch_size: int) -> tuple[float, int]:
@@ -165,7 +186,7 @@ class LoraModel:
         total, num_targets = 0.0, 0
         for start in range(0, len(ordered), batch_size):
             batch = loss.batch_of(ordered[start : start + batch_size], self.base.accelerator)
-            losses = self._target_losses(batch)
+            losses = self._target_losses(batch, prefix.shared_length(batch))
             total += float(losses.double().sum())
             num_targets += len(losses)
         return total, num_targets
@@ -184,9 +205,8 @@ class LoraModel:
         """
         return generation.reply(self._causal, self.base.tokenizer, messages, sampling)
 
-    def _target_losses(self, batch: loss.TokenBatch) -> torch.Tensor:
-        detach = self._detach_prefix or not torch.is_grad_enabled()
-        length = prefix.shared_length(batch) if detach else 0
+    def _target_losses(self, batch: loss.TokenBatch, length: int) -> torch.Tensor:
+        """The loss of each target, in nats; the first `length` tokens, alike in all examples, carry no gradient."""
         past = self._prefix.read(batch.tokens[0, :length], len(batch.tokens)) if length else None
         hidden = self._causal.base_model(
             input_ids=batch.tokens[:, length:], past_key_values=past, use_cache=False

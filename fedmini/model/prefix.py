@@ -1,11 +1,16 @@
-"""The beginning that a batch's examples share, a chat template's system turn for the most part: read once, not n times."""
+"""A beginning that examples share, a chat template's system turn for the most part: read once, not n times.
+
+Where no gradient is taken, whatever a batch happens to share may be read once. Where one is, only a public constant may.
+"""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from fedmini.model.loss import TokenBatch
+from fedmini.types import EncodedExample
 
 MIN_LENGTH = 4  # tokens; a shorter beginning is not worth a pass of its own
 
@@ -16,6 +21,16 @@ def shared_length(batch: TokenBatch) -> int:
     alike = (batch.tokens[:, :limit] == batch.tokens[:1, :limit]).all(dim=0)
     length = int(alike.long().cumprod(0).sum())
     return length if length >= MIN_LENGTH else 0
+
+
+def begins_with(example: EncodedExample, tokens: Sequence[int]) -> bool:
+    """Whether an example begins with these tokens, none of which predicts a target; decided by this example alone."""
+    length = len(tokens)
+    return (
+        0 < length < len(example.tokens)
+        and not example.is_target[: length + 1].any()
+        and np.array_equal(example.tokens[:length], np.asarray(tokens))
+    )
 
 
 class PrefixReader:

@@ -29,9 +29,7 @@ def clip(vector: NDArray[np.floating[Any]], clip_norm: float) -> NDArray[np.floa
     return direction * (clip_norm / direction_norm)
 
 
-def clip_rows(
-    rows: NDArray[np.floating[Any]], clip_norm: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def clip_rows(rows: NDArray[np.floating[Any]], clip_norm: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """`clip` for each row of (num_units, num_coordinates), and whether it was scaled down, (num_units,).
 
     A row that is not finite gives zeros, and counts as clipped.

@@ -27,7 +27,6 @@ from fedmini.types import (
     TrainTask,
 )
 
-EVALUATION_BATCH_SIZE = 32
 FIRST_HASH = "0" * 64  # of a ledger without a line
 
 
@@ -81,7 +80,9 @@ class Session:
         if line["eval_loss"] is None and is_due:
             self._progress("evaluation", state.round_num)
             self._setup.model.set_adapter(state.adapter)
-            nats, targets = self._setup.model.evaluate(self._setup.held_out, EVALUATION_BATCH_SIZE)
+            nats, targets = self._setup.model.evaluate(
+                self._setup.held_out, self._setup.config.local.physical_batch_size
+            )
             line["eval_loss"] = nats / targets
         rundir.write_metrics(self._directory, self._history)
         self._progress("round", state.round_num)

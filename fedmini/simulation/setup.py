@@ -76,16 +76,16 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
     num_threads = runtime.limit_threads(config.simulation.num_threads)
     tell(Progress("base", "loading the base model"))
     base = loading.load_base(config.base, cache_dir, lambda note: tell(Progress("base", note)))
+    encoder = data.Encoder(base.tokenizer, config.data.template, config.local.max_length)
     model = LoraModel(
         base,
         planning.lora_shape(config),
         checkpointing=config.local.checkpointing,
         loss_chunk_tokens=config.local.loss_chunk_tokens,
-        detach_prefix=config.local.detach_prefix,
+        detached_prefix=encoder.prefix if config.local.detach_prefix else (),
     )
     config = _resolve(config, str(base.compute_dtype).removeprefix("torch."), num_threads)
     tell(Progress("data", "reading and encoding the examples"))
-    encoder = data.Encoder(base.tokenizer, config.data.template, config.local.max_length)
     population = data.load_population(config.data, rows)
     examples = {device: encoder.encode_all(found) for device, found in population.devices.items()}
     _check_population(examples, config)
