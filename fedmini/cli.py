@@ -32,14 +32,14 @@ Overrides = Annotated[
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Say what a run will do and cost, before it does."""
     from fedmini import config as configuration
-    from fedmini import display, planning
+    from fedmini import display, forecast, planning
     from fedmini.model import runtime, shapes
 
     chosen = configuration.load_run_config(config, overrides or [])
     template = shapes.template(shapes.linear_shapes(chosen.base), planning.lora_shape(chosen))
     base = planning.Base("unknown until the base is loaded", template)
     manifest = planning.make_manifest(chosen, f"{chosen.run.name}-plan", base, runtime.default_cache_dir())
-    display.print_plan(_console(), manifest, planning.forecast(manifest, chosen), _description(chosen))
+    display.print_plan(_console(), manifest, forecast.forecast(manifest, chosen), _description(chosen))
 
 
 @app.command()

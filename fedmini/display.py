@@ -20,7 +20,7 @@ from fedmini.config import RunConfig
 from fedmini.types import ADJACENCY, Manifest
 
 if TYPE_CHECKING:  # a plan is shown without loading torch
-    from fedmini.planning import Forecast, UnitForecast
+    from fedmini.forecast import Forecast, UnitForecast
     from fedmini.simulation import Progress, SimulationResult
 
 NO_PRIVACY_BANNER = "NO PRIVACY: [privacy] none = true. The adapter may reveal what any one example says."

@@ -1,22 +1,19 @@
-"""What a run will do, before it does: the manifest its devices agree to, and a forecast of what it costs."""
+"""From a configuration to the manifest that a run's devices agree to: noise calibrated, encoding sized to it."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedmini import metrics, vectors
-from fedmini.config import RunConfig, UnitPrivacy
+from fedmini.config import DevicePrivacy, ExamplePrivacy, RunConfig
 from fedmini.errors import ConfigError
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.accounting import CalibrationRequest, UnitRequest
-from fedmini.rounds import event_of
 from fedmini.server_step import ServerPlan
-from fedmini.sums import download_bytes, mean_denominator, noise_std_of_sum, upload_bytes
 from fedmini.types import LocalPlan, LoraShape, Manifest, NoiseSource, ReleasePlan, Template, Unit, UnitPlan
 
 PLAIN_NORM = 64.0  # range of an update that nothing clips: only the encoding needs one
 PLAIN_LEVELS = 2**20  # integers per range, for vectors that need no integer noise; less where many devices are summed
-NOISE_TO_SIGNAL_LIMIT = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +22,6 @@ class Base:
 
     fingerprint: str
     template: Template
-
-
-@dataclass(frozen=True, slots=True)
-class UnitForecast:
-    """What one kind of unit can count on at the end of a run."""
-
-    plan: UnitPlan
-    num_releases: int  # that one unit is in, at most, spare attempts included
-    epsilon: float
-    epsilon_lone: float | None  # were all other devices of every cohort the adversary's; None where nothing is shared
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a run will cost and whether its noise will drown what it learns."""
-
-    units: tuple[UnitForecast, ...]
-    noise_to_signal: float | None  # norm of the noise in the mean over the largest norm a mean can have
-    cohort_needed: int | None  # devices that would bring it down to NOISE_TO_SIGNAL_LIMIT; None where it is below
-    rank_needed: int | None  # LoRA rank that would; None where it is below, or no rank would
-    num_coordinates: int
-    upload_bytes_per_device: int
-    download_bytes_per_device: int
 
 
 def lora_shape(config: RunConfig) -> LoraShape:
@@ -78,16 +52,9 @@ def make_manifest(config: RunConfig, run_id: str, base: Base, cache_dir: Path | 
     local = _local_plan(config)
     num_metrics = _num_metrics(config)
     num_coordinates = vectors.num_parameters(base.template) + num_metrics
-    units = {
-        unit: _plan_unit(unit, section, config, num_coordinates, cache_dir)
-        for unit, section in (("example", config.privacy.example), ("device", config.privacy.device))
-        if section is not None
-    }
-    budgets = tuple(
-        (unit, section.target_epsilon)
-        for unit, section in (("example", config.privacy.example), ("device", config.privacy.device))
-        if section is not None and section.target_epsilon is not None
-    )
+    sections = _protected(config)
+    units = {unit: _plan_unit(unit, section, config, num_coordinates, cache_dir) for unit, section in sections}
+    budgets = tuple((unit, section.target_epsilon) for unit, section in sections if section.target_epsilon is not None)
     return Manifest(
         run_id=run_id,
         base_fingerprint=base.fingerprint,
@@ -96,23 +63,7 @@ def make_manifest(config: RunConfig, run_id: str, base: Base, cache_dir: Path | 
         local=local,
         release=_release_plan(config, local, units, num_coordinates, num_metrics),
         num_rounds=config.rounds.num_rounds,
-        target_epsilon=budgets,  # type: ignore[arg-type]
-    )
-
-
-def forecast(manifest: Manifest, config: RunConfig) -> Forecast:
-    """What a run of this manifest will cost, if all goes well; its spare attempts are counted as used."""
-    release = manifest.release
-    ratio = _noise_to_signal(manifest)
-    is_drowned = ratio is not None and ratio > NOISE_TO_SIGNAL_LIMIT
-    return Forecast(
-        units=tuple(_unit_forecast(unit, manifest, config) for unit in release.units),
-        noise_to_signal=ratio,
-        cohort_needed=_cohort_needed(manifest, ratio) if is_drowned and ratio is not None else None,
-        rank_needed=_rank_needed(manifest, ratio) if is_drowned and ratio is not None else None,
-        num_coordinates=manifest.num_coordinates,
-        upload_bytes_per_device=upload_bytes(manifest),
-        download_bytes_per_device=download_bytes(manifest),
+        target_epsilon=budgets,
     )
 
 
@@ -121,6 +72,15 @@ def num_releases(config: RunConfig) -> int:
     rounds = config.rounds
     spread = math.ceil(rounds.num_rounds / rounds.min_separation)
     return min(rounds.max_participations or rounds.num_rounds, spread) + rounds.spare_attempts
+
+
+def _protected(config: RunConfig) -> list[tuple[Unit, ExamplePrivacy | DevicePrivacy]]:
+    found: list[tuple[Unit, ExamplePrivacy | DevicePrivacy]] = []
+    if config.privacy.example is not None:
+        found.append(("example", config.privacy.example))
+    if config.privacy.device is not None:
+        found.append(("device", config.privacy.device))
+    return found
 
 
 def _local_plan(config: RunConfig) -> LocalPlan:
@@ -155,9 +115,9 @@ def _n_honest(config: RunConfig) -> int:
 
 
 def _plan_unit(
-    unit: Unit, section: UnitPrivacy, config: RunConfig, num_coordinates: int, cache_dir: Path | None
+    unit: Unit, section: ExamplePrivacy | DevicePrivacy, config: RunConfig, num_coordinates: int, cache_dir: Path | None
 ) -> UnitPlan:
-    source: NoiseSource = section.noise  # type: ignore[attr-defined]
+    source: NoiseSource = section.noise
     multiplier = z_eff = None
     if section.noise_multiplier is not None:
         multiplier = section.noise_multiplier
@@ -227,52 +187,3 @@ def _range_under_local_noise(local: LocalPlan, unit: UnitPlan, num_coordinates: 
     noise = math.sqrt(unit.noise_variance) / unit.scale * (math.sqrt(num_coordinates) + 6)
     signal = unit.clip_norm * (local.expected_batch_size + 10 * math.sqrt(local.expected_batch_size) + 10)
     return local.learning_rate * local.num_steps * (noise + signal) / local.expected_batch_size
-
-
-def _noise_to_signal(manifest: Manifest) -> float | None:
-    """Norm of the noise in one round's mean over the largest norm its signal can have, at the planned cohort."""
-    release = manifest.release
-    if not release.units:
-        return None
-    std = noise_std_of_sum(manifest, release.cohort_size)
-    if math.isnan(std):  # a local Adam: what its noise is against its signal is decided in the gradients
-        assert release.example is not None
-        std = math.sqrt(release.example.noise_variance * release.cohort_size) / release.example.scale
-        return std * math.sqrt(manifest.num_coordinates) / (manifest.local.expected_batch_size * release.cohort_size)
-    noise = std * math.sqrt(manifest.num_coordinates) / mean_denominator(manifest)
-    return noise / _largest_mean(manifest)
-
-
-def _largest_mean(manifest: Manifest) -> float:
-    release, local = manifest.release, manifest.local
-    if release.device is not None:
-        return release.device.clip_norm
-    assert release.example is not None
-    if release.sums_examples:
-        return release.example.clip_norm
-    return release.example.clip_norm * local.learning_rate * local.num_steps
-
-
-def _cohort_needed(manifest: Manifest, ratio: float) -> int:
-    """Noise in a mean of n devices falls with n where each of them stands for its whole share, else with its root."""
-    release = manifest.release
-    excess = ratio / NOISE_TO_SIGNAL_LIMIT
-    if any(unit.noise == "local" for unit in release.units):
-        return math.ceil(release.cohort_size * excess**2)
-    return math.ceil(release.cohort_size * excess)
-
-
-def _rank_needed(manifest: Manifest, ratio: float) -> int | None:
-    rank = math.floor(manifest.lora.lora_rank * (NOISE_TO_SIGNAL_LIMIT / ratio) ** 2)
-    return rank if rank >= 1 else None
-
-
-def _unit_forecast(unit: UnitPlan, manifest: Manifest, config: RunConfig) -> UnitForecast:
-    event = event_of(unit, manifest)
-    releases = num_releases(config)
-    lone = None
-    if unit.noise == "shared" and unit.num_shares > 1:
-        bound = encoding.sensitivity(unit.clip_norm, unit.scale, manifest.num_coordinates)
-        alone = accounting.effective_multiplier(unit.noise_variance, 1, bound)
-        lone = accounting.epsilon(replace(event, z_eff=alone), releases, unit.target_delta)
-    return UnitForecast(unit, releases, accounting.epsilon(event, releases, unit.target_delta), lone)

@@ -78,7 +78,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path:
 def test_where_all_are_damaged_nothing_starts_again_silently(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, a_checkpoint(1))
     (tmp_path / "round-0001" / "state.json").write_text("{}")
-    with pytest.raises(StateError, match="every checkpoint .* is damaged"):
+    with pytest.raises(StateError, match=r"every checkpoint .* is damaged"):
         checkpoint.load(tmp_path)
 
 

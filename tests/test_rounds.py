@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def rounds_epsilon(run: rounds.Run, count: int) -> float:
 
 def test_without_a_spare_attempt_a_lost_cohort_ends_the_run_and_says_what_to_change(ledger: Ledger) -> None:
     run = a_run()
-    with pytest.raises(CohortError, match="no spare attempt is left; raise rounds.over_selection"):
+    with pytest.raises(CohortError, match=r"no spare attempt is left; raise rounds\.over_selection"):
         rounds.run_round(a_state(ledger), run, sends(run, UPDATE, num_survivors=4), ledger)
     assert ledger.num_debits == 1
 
@@ -229,9 +230,7 @@ def test_a_device_takes_part_at_most_so_often_and_not_too_soon_again(ledger: Led
 
     final = rounds.train(a_state(ledger), run, sum_cohort, ledger, lambda state, report: None)
     assert all(len(rounds_of) <= 2 for rounds_of in taken.values())
-    assert all(
-        later - earlier >= 3 for found in taken.values() for earlier, later in zip(found, found[1:], strict=False)
-    )
+    assert all(later - earlier >= 3 for found in taken.values() for earlier, later in pairwise(found))
     assert final.participations == {device: Participation(len(found), found[-1]) for device, found in taken.items()}
     assert ledger.epsilon("device", 1e-5) == pytest.approx(rounds_epsilon(run, 2))
 

@@ -202,7 +202,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None
 def test_another_run_is_not_resumed_in_its_place(tmp_path: Path) -> None:
     run(tmp_path, tiny_run.config(tmp_path))
     other = tiny_run.config(tmp_path, changes={"local": {"learning_rate": 0.25}})
-    with pytest.raises(StateError, match="holds another run .its local settings differ"):
+    with pytest.raises(StateError, match=r"holds another run .its local settings differ"):
         run(tmp_path, other, resume=True)
 
 

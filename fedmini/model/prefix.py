@@ -4,6 +4,7 @@ Where no gradient is taken, whatever a batch happens to share may be read once. 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class PrefixReader:
             with torch.no_grad():
                 cache = DynamicCache()
                 self._model.base_model(input_ids=tokens[None], use_cache=True, past_key_values=cache)
-            self._layers = [(layer.keys, layer.values) for layer in cache.layers]  # (1, heads, length, head size)
+            self._layers = [_read_tensors(layer) for layer in cache.layers]  # (1, heads, length, head size)
             self._key = key
         fresh = DynamicCache()
         for index, (keys, values) in enumerate(self._layers):
@@ -58,3 +59,7 @@ class PrefixReader:
                 index,
             )
         return fresh
+
+
+def _read_tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.keys, layer.values

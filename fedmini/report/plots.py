@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from fedmini.planning import NOISE_TO_SIGNAL_LIMIT
+from fedmini.forecast import NOISE_TO_SIGNAL_LIMIT
 from fedmini.report import pictures, wording
 from fedmini.report.facts import RunFacts, is_finite
 

@@ -1,15 +1,9 @@
-"""RunConfig: one TOML file describes a run. Unknown keys are errors that name the key and the nearest valid one."""
+"""What a run's file may say: one frozen section for each table, with its defaults, ranges and forbidden combinations."""
 
-import difflib
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from fedmini.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -199,102 +193,3 @@ class RunConfig(Section):
         if self.data.held_out_devices == 0 and self.evaluation.source == "held_out":
             raise ValueError("data.held_out_devices is 0: hold people out, or give a file as evaluation.source")
         return self
-
-
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's TOML file, with `section.key=value` overrides applied on top.
-
-    A relative file name inside it (data, base, evaluation) is taken from the file's own folder.
-    Raises ConfigError, in one line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"can't read the config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text") from error
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides:
-        _apply_override(values, override)
-    return _absolute_paths(parse_run_config(values, str(path)), path.parent.resolve())
-
-
-def parse_run_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
-    """A RunConfig from a mapping. Raises ConfigError that names every wrong key, and the nearest valid one."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}") from error
-
-
-def dump_run_config(config: RunConfig) -> str:
-    """The whole configuration as TOML, defaults included, such that `load_run_config` gives it back."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set expects section.key=value, got {override!r}")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-    table = values
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {key}: {part} is a value, not a section")
-    if value == "unset":
-        table.pop(parts[-1], None)
-    else:
-        table[parts[-1]] = value
-
-
-def _absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
-    def absolute(source: str) -> str:
-        is_file = source.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
-        return str(folder / Path(source).expanduser()) if is_file else source
-
-    base = config.base
-    if base.path is not None:
-        base = base.model_copy(update={"path": folder / base.path.expanduser()})
-    return config.model_copy(
-        update={
-            "base": base,
-            "data": config.data.model_copy(update={"source": absolute(config.data.source)}),
-            "evaluation": config.evaluation.model_copy(update={"source": absolute(config.evaluation.source)}),
-        }
-    )
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
-            nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
-            return f"unknown key {where}: {hint}"
-        case "missing":
-            return f"{where} is missing"
-        case "value_error":
-            reason = str(problem["ctx"]["error"])
-            return f"{where}: {reason}" if where else reason
-        case _:
-            got = problem["input"]
-            shown = f", got {got!r}" if isinstance(got, bool | int | float | str) else ""
-            return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{shown}"
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = RunConfig
-    for part in location:
-        candidates = [section.model_fields[str(part)].annotation]
-        candidates += getattr(candidates[0], "__args__", ())
-        section = next(item for item in candidates if isinstance(item, type) and issubclass(item, Section))
-    return list(section.model_fields)
