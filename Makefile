@@ -23,7 +23,7 @@ demo: $(VENV)/.demo ## install, then fine-tune the 4-bit model on real chat, pri
 	$(BIN)/fedmini simulate simulations/chat.toml --output "$(RUN)" $$resume
 
 test: $(VENV)/.test ## install what tests need and run them, but for the slow ones (at most 4 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: $(VENV)/.test ## run the slow tests only
 	@$(BIN)/python -m pytest -m slow

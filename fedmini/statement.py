@@ -14,6 +14,8 @@ NOT_COVERED = (
     "the time a reply takes",
     "an example that was typed more than once counts as several examples",
     "a person who uses several devices, or installs again, counts as several people",
+    "rounding in the matrix library: an example's gradient is computed in a batch with others, and the last bits of a "
+    "floating-point product can depend on the batch's size",
     "several runs over the same data: their epsilons add up, and only a device's own ledger sees that",
     "the search for good settings, where it was made on the same people",
     "the public base model and what it was trained on",
