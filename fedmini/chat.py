@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from fedmini.config import BaseSection
-from fedmini.errors import ConfigError
+from fedmini.errors import ConfigError, StateError
 from fedmini.model import adapters, generation, loading, lora, packaged, runtime
 
 TOP_P = 0.9
-MAX_MESSAGES = 8  # of the conversation so far that the model is shown
+MAX_MESSAGES = 9  # of the conversation so far that the model is shown; odd: the first is the person's
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ def run(settings: ChatSettings, console: Console, prompt: str | None = None) -> 
     """Answer one prompt, or hold a conversation until the input ends. What is said is kept nowhere."""
     model = _load(settings, console)
     if prompt is not None:
-        _answer(model, [{"role": "user", "content": prompt}], settings, console)
+        _answer(model, [{"role": "user", "content": _text(prompt)}], settings, console)
         return
     console.print("Type a message; an empty line or Ctrl-D ends. Nothing is stored.", style="dim")
     messages: list[dict[str, str]] = []
-    while text := console.input("[bold]you:[/bold] ").strip():
+    while text := _text(console.input("[bold]you:[/bold] ")).strip():
         messages.append({"role": "user", "content": text})
         console.print("[bold]model:[/bold] ", end="")
         messages.append({"role": "assistant", "content": _answer(model, messages[-MAX_MESSAGES:], settings, console)})
@@ -45,6 +45,11 @@ def _answer(model: lora.LoraModel, messages: list[dict[str, str]], settings: Cha
         pieces.append(piece)
     console.print()
     return "".join(pieces)
+
+
+def _text(typed: str) -> str:
+    """What was typed, with a mark in place of bytes that are no UTF-8: no tokenizer takes those."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _load(settings: ChatSettings, console: Console) -> lora.LoraModel:
@@ -63,10 +68,12 @@ def _load(settings: ChatSettings, console: Console) -> lora.LoraModel:
 
 def _named_base(folder: Path) -> str:
     try:
-        named = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} does not say which base it belongs to: give it as --base") from error
-    return str(named)
+        named = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise StateError(f"{folder / 'adapter_config.json'} can't be read: take another copy of the adapter") from error
+    if not (isinstance(named, str) and named):
+        raise ConfigError(f"{folder} does not say which base it belongs to: give it as --base")
+    return named
 
 
 def _base_section(base: str) -> BaseSection:

@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from fedmini.errors import StateError
 from fedmini.types import LedgerPosition, Participation, ServerState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NUM_KEPT = 2
 
 
@@ -108,7 +108,8 @@ def sync_folder(folder: Path) -> None:
 
 def _names(folder: Path) -> list[str]:
     """Complete checkpoints, oldest first: a rename put each in place, so a name alone says that it was synced."""
-    return sorted(path.name for path in folder.glob("round-*") if path.is_dir())
+    found = [path.name for path in folder.glob("round-*") if path.is_dir() and path.name[6:].isdecimal()]
+    return sorted(found, key=lambda name: int(name[6:]))  # round-10000 comes after round-9999
 
 
 def _tensors(state: ServerState) -> dict[str, np.ndarray[Any, Any]]:
@@ -122,7 +123,7 @@ def _tensors(state: ServerState) -> dict[str, np.ndarray[Any, Any]]:
 
 def _record(checkpoint: Checkpoint, tensors: bytes) -> dict[str, Any]:
     state = checkpoint.state
-    return {
+    record = {
         "format": FORMAT_VERSION,
         "manifest_hash": checkpoint.manifest_hash,
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
@@ -132,6 +133,13 @@ def _record(checkpoint: Checkpoint, tensors: bytes) -> dict[str, Any]:
         "ledger": asdict(state.ledger),
         "history": list(checkpoint.history),
     }
+    return {**record, "check": _check(record)}
+
+
+def _check(record: dict[str, Any]) -> str:
+    """SHA-256 over everything else in a record: LATEST only knows that of the newest."""
+    content = json.dumps({key: value for key, value in record.items() if key != "check"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -144,6 +152,8 @@ def _read(folder: Path) -> Checkpoint:
     record = json.loads(raw)
     if record["format"] != FORMAT_VERSION:
         raise ValueError(f"format {record['format']}")
+    if record["check"] != _check(record):
+        raise ValueError("state.json is not what was saved")
     tensors_raw = (folder / "tensors.safetensors").read_bytes()
     if hashlib.sha256(tensors_raw).hexdigest() != record["tensors_sha256"]:
         raise ValueError("tensors.safetensors is not what was saved")

@@ -1,6 +1,9 @@
 """The command line. Heavy imports happen inside commands: `fedmini --help` answers at once."""
 
+import os
 import shlex
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Fine-tune a small language model on data that never leaves the devices that hold it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -32,14 +34,18 @@ Overrides = Annotated[
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Say what a run will do and cost, before it does."""
     from fedmini import config as configuration
-    from fedmini import display, forecast, planning
+    from fedmini import display, forecast, pace, planning
     from fedmini.model import runtime, shapes
 
     chosen = configuration.load_run_config(config, overrides or [])
     template = shapes.template(shapes.linear_shapes(chosen.base), planning.lora_shape(chosen))
     base = planning.Base("unknown until the base is loaded", template)
-    manifest = planning.make_manifest(chosen, f"{chosen.run.name}-plan", base, runtime.default_cache_dir())
-    display.print_plan(_console(), manifest, forecast.forecast(manifest, chosen), _description(chosen))
+    cache_dir = runtime.default_cache_dir()
+    manifest = planning.make_manifest(chosen, f"{chosen.run.name}-plan", base, cache_dir)
+    known = pace.recall(cache_dir, chosen)
+    seconds = pace.forecast_seconds(known, manifest, chosen) if known is not None else None
+    description = _description(chosen) | {"time": display.time_sentence(seconds)}
+    display.print_plan(_console(), manifest, forecast.forecast(manifest, chosen), description)
 
 
 @app.command()
@@ -50,26 +56,34 @@ def simulate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Run it on this machine: every device in this process."""
+    if config is None and not resume:
+        raise ConfigError("which run? name a configuration, or add --resume to go on with the one in --output")
+    if config is None and overrides:
+        raise ConfigError("--set changes nothing of a run that has begun: leave it away, or begin another run")
+    try:
+        _simulate(config, output, overrides or [], resume)
+    except KeyboardInterrupt:
+        _end_stopped(f"stopped{_how_to_go_on(output)}")
+    except BrokenPipeError:
+        _discard_output()
+        _fail(f"stopped, because nobody reads this command's output any more{_how_to_go_on(output)}")
+
+
+def _simulate(config: Path | None, output: Path, overrides: list[str], resume: bool) -> None:
     from fedmini import config as configuration
     from fedmini import display, report, rundir, simulation
 
     console = _console()
-    if config is None and not resume:
-        raise ConfigError("which run? name a configuration, or add --resume to go on with the one in --output")
     if config is None:
         chosen = rundir.stored_config(rundir.open_existing(output))
     else:
-        chosen = configuration.load_run_config(config, overrides or [])
+        chosen = configuration.load_run_config(config, overrides)
     for banner in display.warnings(chosen):
-        console.print(banner, style="bold red")
-    try:
-        with display.ProgressDisplay(console) as show:
-            options = simulation.SimulationOptions(resume=resume, on_progress=show)
-            result = simulation.simulate(chosen, output=output, options=options)
-        report.write_report(output)
-    except KeyboardInterrupt:
-        again = f"{display.program()} simulate --output {shlex.quote(str(output))} --resume"
-        _fail(f"stopped; every finished round is saved in {output}. Go on with: {again}")
+        console.print(banner, style="bold red", soft_wrap=True)
+    with display.ProgressDisplay(console) as show:
+        options = simulation.SimulationOptions(resume=resume, on_progress=show)
+        result = simulation.simulate(chosen, output=output, options=options)
+    report.write_report(output)
     display.print_result(console, result)
 
 
@@ -101,20 +115,33 @@ def chat(
 
 
 def main() -> None:
-    """Run the command line: one clear line and exit code 2 for every error of ours, never a traceback."""
+    """Run the command line: one clear line and exit code 2 for every error of ours and for Ctrl-C, never a traceback."""
     try:
-        app(standalone_mode=False)
+        _invoke(sys.argv[1:] or ["--help"])
+        sys.stdout.flush()
     except FedMiniError as error:
         _fail(str(error))
-    except click.exceptions.Abort:
-        _fail("stopped")
-    except click.ClickException as error:
-        error.show()
-        raise SystemExit(2) from None
-    except BrokenPipeError:
-        raise SystemExit(0) from None
+    except click.exceptions.Exit as error:  # --help, say
+        raise SystemExit(error.exit_code) from None
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "fedmini"
+        _fail(f"{error.format_message().rstrip('.')} (see `{command} --help`)")
+    except KeyboardInterrupt:
+        _end_stopped("stopped")
+    except BrokenPipeError:  # as in `fedmini plan run.toml | head -1`
+        _discard_output()
+    except ModuleNotFoundError as error:
+        _fail(f"the package {error.name} is not installed: install fedmini again, with its dependencies")
     except OSError as error:  # a disk that is full, a folder that went away: the message is the system's own
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}; what was committed before is saved")
+        what = error.filename or "a file"
+        _fail(f"{what}: {error.strerror or error}; mend that and try again: what was committed before is saved")
+
+
+def _invoke(arguments: list[str]) -> None:
+    """Not click's own `main`: that one would answer Ctrl-C and closed pipes in its way."""
+    command = typer.main.get_command(app)
+    with command.make_context("fedmini", arguments) as context:
+        command.invoke(context)
 
 
 def _fail(message: str) -> NoReturn:
@@ -122,10 +149,43 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def _end_stopped(message: str) -> NoReturn:
+    """The end of a command that was interrupted; everything it holds open is closed by now."""
+    typer.echo(f"fedmini: {message}", err=True)
+    # Not SystemExit: where the interrupt went through C code first, Python dies of SIGINT at exit, without our code.
+    os._exit(2)
+
+
+def _how_to_go_on(output: Path) -> str:
+    """What is saved of an interrupted run, and the command that goes on with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not take the answer away
+    # Interrupted while packages were being imported, this process has done nothing, and can't import them again.
+    if "fedmini.display" not in sys.modules or not (output / "manifest.json").exists():
+        return " before the run began: nothing was spent, give the same command again"
+    from fedmini import display
+
+    again = f"{display.program()} simulate --output {shlex.quote(str(output))} --resume"
+    return f"; every finished round is saved in {output}. Go on with: {again}"
+
+
+def _discard_output() -> None:
+    """Whatever is still to be written to a closed standard output goes nowhere, instead of failing at exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console()
+    class OpenConsole(Console):
+        """Leaves the answer to a closed pipe to `main`."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return OpenConsole()
 
 
 def _description(config: "RunConfig") -> dict[str, str]:

@@ -33,10 +33,12 @@ class ProgressDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._is_live = console.is_terminal
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if self._is_live else None
         self._started = time.monotonic()
+        self._progress: Progress | None = None
         self._first_work: tuple[float, float] | None = None  # when, and how many rounds were done then
+        self._end: float | None = None  # when the last round will be over, as it looks now
         self._last_line = ""
+        self._live = Live(get_renderable=self._render, console=console, transient=True) if self._is_live else None
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -51,12 +53,12 @@ class ProgressDisplay:
 
     def __call__(self, progress: "Progress") -> None:
         """Show where the simulation is."""
+        self._progress = progress
+        self._end = self._expected_end(progress)
         if progress.note:
             self._print(progress.note)
-        elif progress.stage == "round" and progress.device_index == 0 and progress.loss is not None:
-            self._print(_round_line(progress, self._time_left(progress)))
-        if self._live is not None:
-            self._live.update(self._render(progress))
+        elif progress.stage == "round" and progress.device_index == 0:
+            self._print(_round_line(progress, self._seconds_left()))
 
     def _print(self, line: str) -> None:
         if line != self._last_line:
@@ -64,27 +66,34 @@ class ProgressDisplay:
             self._console.print(f"[{elapsed:6.1f} s] {line}", markup=False, highlight=False, soft_wrap=True)
             self._last_line = line
 
-    def _render(self, progress: "Progress") -> Group:
-        done = _rounds_done(progress)
+    def _render(self) -> Group:
+        """What stands below the lines just now; drawn a few times a second, so that it is seen to be alive."""
+        progress, elapsed = self._progress, f"   {duration(time.monotonic() - self._started)} so far"
+        if progress is None or progress.num_rounds == 0:
+            return Group(Text(f"getting ready{elapsed}"))
         head = Text(f"round {min(progress.round_num + 1, progress.num_rounds)} of {progress.num_rounds}")
         if progress.stage == "evaluation":
-            head.append("   measuring the loss on people who take no part")
+            head = Text(f"after round {progress.round_num} of {progress.num_rounds}   measuring the loss")
         elif progress.num_devices:
             head.append(f"   device {progress.device_index} of {progress.num_devices}")
-        numbers = Text(_numbers(progress, self._time_left(progress)))
-        bar = ProgressBar(total=max(progress.num_rounds, 1), completed=done, width=60)
-        return Group(head, bar, numbers)
+        head.append(elapsed)
+        bar = ProgressBar(total=progress.num_rounds, completed=_rounds_done(progress), width=60)
+        numbers = Text(_numbers(progress, self._seconds_left(), with_old_loss=True))
+        return Group(head, numbers, bar)  # a bar does not end its line
 
-    def _time_left(self, progress: "Progress") -> float | None:
+    def _expected_end(self, progress: "Progress") -> float | None:
+        if progress.stage != "round" or progress.num_rounds == 0:
+            return self._end
         done, now = _rounds_done(progress), time.monotonic()
-        if progress.stage != "round":
-            return None
         if self._first_work is None:
             self._first_work = (now, done)
         since, before = self._first_work
-        if done - before <= 0 or progress.num_rounds == 0:
+        if done <= before:
             return None
-        return (now - since) / (done - before) * (progress.num_rounds - done)
+        return now + (now - since) / (done - before) * (progress.num_rounds - done)
+
+    def _seconds_left(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def _rounds_done(progress: "Progress") -> float:
@@ -92,23 +101,38 @@ def _rounds_done(progress: "Progress") -> float:
     return progress.round_num + part
 
 
-def _numbers(progress: "Progress", seconds_left: float | None) -> str:
+def _numbers(progress: "Progress", seconds_left: float | None, with_old_loss: bool = False) -> str:
     parts = []
-    if progress.loss is not None:
-        parts.append(f"loss on unseen people {progress.loss:.3f} nats/token")
+    is_fresh = progress.loss_round == progress.round_num
+    if progress.loss is not None and (is_fresh or with_old_loss):
+        when = "" if is_fresh else f" (round {progress.loss_round})"
+        parts.append(f"loss on unseen people {progress.loss:.3f} nats/token{when}")
     for unit, epsilon in (progress.epsilon or {}).items():
         parts.append(f"epsilon {epsilon:.2f} per {unit}")
-    if seconds_left is not None:
-        parts.append(f"{_duration(seconds_left)} left")
+    if seconds_left is not None and progress.round_num < progress.num_rounds:
+        parts.append(f"{duration(seconds_left)} left")
     return "   ".join(parts)
 
 
 def _round_line(progress: "Progress", seconds_left: float | None) -> str:
-    return f"round {progress.round_num} of {progress.num_rounds}:   {_numbers(progress, seconds_left)}"
+    numbers = _numbers(progress, seconds_left)
+    if progress.round_num == 0:
+        return f"before training:   {numbers}"
+    return f"round {progress.round_num} of {progress.num_rounds}:   {progress.num_devices} devices   {numbers}"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+def duration(seconds: float) -> str:
+    """A time as a person says it: seconds, then minutes, then hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def time_sentence(seconds: float | None) -> str:
+    """How long a run will take here, as far as that is known."""
+    if seconds is None:
+        return "not known on this machine before a first run with these settings"
+    return f"about {duration(seconds)} of training and evaluation, going by the last run with these settings here"
 
 
 def _bytes(size: float) -> str:
@@ -223,9 +247,19 @@ def _noise_sentence(manifest: Manifest, forecast: "Forecast") -> str:
 
 def program() -> str:
     """How this command line was called, so that a printed command can be pasted."""
-    invoked = Path(sys.argv[0])
-    on_path = shutil.which("fedmini")
-    if on_path is not None and Path(on_path).resolve() == invoked.resolve():
-        return "fedmini"
-    relative = os.path.relpath(invoked)
-    return shlex.quote(relative if not relative.startswith("..") else str(invoked))
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == "fedmini.__main__":
+        return f"{_command(Path(sys.executable))} -m fedmini"
+    return _command(Path(sys.argv[0]))
+
+
+def _command(program_file: Path) -> str:
+    """The shortest word that a shell in this folder runs that file by. A link is not followed: it can be an environment."""
+    path = os.path.abspath(program_file)
+    found = shutil.which(program_file.name)
+    if found is not None and os.path.abspath(found) == path:
+        return shlex.quote(program_file.name)
+    relative = os.path.relpath(path)
+    if relative.startswith(os.pardir):
+        return shlex.quote(path)
+    return shlex.quote(relative if os.sep in relative else os.path.join(os.curdir, relative))

@@ -4,7 +4,7 @@ FedMiniError
 ├── ConfigError           a setting is missing, unknown or out of range       -> fix the file
 ├── ModelMismatchError    this device's base or LoRA shape is not the run's   -> update the device
 ├── UpdateError           a message can't be used                             -> refused and counted; a round goes on
-├── CohortError           too few devices                                     -> wait or stop, before anything is spent
+├── CohortError           too few devices                                     -> wait or stop; the message says what was spent
 ├── ProtocolError         the other side broke the secure-aggregation rules   -> abort, reveal nothing
 ├── PrivacyBudgetError    the next release would pass the budget              -> the run is over; everything is saved
 └── StateError            saved state is missing, damaged, locked or another run's -> never start again silently
@@ -30,7 +30,7 @@ class UpdateError(FedMiniError):
 
 
 class CohortError(FedMiniError):
-    """Too few devices; nothing has been spent."""
+    """Too few devices. Its message says whether anything was spent: after the debit, it was."""
 
 
 class ProtocolError(FedMiniError):

@@ -9,7 +9,7 @@ from fedmini.config import DevicePrivacy, ExamplePrivacy, RunConfig
 from fedmini.errors import ConfigError
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.accounting import CalibrationRequest, UnitRequest
-from fedmini.server_step import ServerPlan
+from fedmini.server_step import ServerPlan, num_asked
 from fedmini.types import LocalPlan, LoraShape, Manifest, NoiseSource, ReleasePlan, Template, Unit, UnitPlan
 
 PLAIN_NORM = 64.0  # range of an update that nothing clips: only the encoding needs one
@@ -68,7 +68,10 @@ def make_manifest(config: RunConfig, run_id: str, base: Base, cache_dir: Path | 
 
 
 def num_releases(config: RunConfig) -> int:
-    """How many rounds one device can be in, at most: abandoned attempts count for everybody."""
+    """How many releases one device can be in, at most: abandoned attempts count for everybody.
+
+    Kills of an unseeded run can make it more: each is one more debit, and the budget is checked all the same.
+    """
     rounds = config.rounds
     spread = math.ceil(rounds.num_rounds / rounds.min_separation)
     return min(rounds.max_participations or rounds.num_rounds, spread) + rounds.spare_attempts
@@ -150,21 +153,22 @@ def _release_plan(
 ) -> ReleasePlan:
     rounds = config.rounds
     example, device = units.get("example"), units.get("device")
-    num_asked = math.ceil(rounds.cohort_size * rounds.over_selection)
+    most_asked = num_asked(rounds.cohort_size, rounds.over_selection)
+    most_drawn = max(local.expected_batch_size, local.sampling_rate * config.data.max_examples_per_device)
     travels = device if device is not None else example if example is not None and example.noise == "shared" else None
     if travels is not None:
         norm, scale = travels.clip_norm, travels.scale
         bits = encoding.modulus_bits(
             clip_norm=norm,
             scale=scale,
-            num_devices=num_asked,
-            expected_examples=local.expected_batch_size if travels.unit == "example" else None,
+            num_devices=most_asked,
+            expected_examples=most_drawn if travels.unit == "example" else None,
             noise_multiplier=travels.noise_multiplier,
             num_shares=travels.num_shares,
         )
     else:
         norm = PLAIN_NORM if example is None else _range_under_local_noise(local, example, num_coordinates)
-        scale, bits = min(PLAIN_LEVELS, 2**30 // num_asked) / norm, 32
+        scale, bits = min(PLAIN_LEVELS, 2**30 // most_asked) / norm, 32
     return ReleasePlan(
         example=example,
         device=device,

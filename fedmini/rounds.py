@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmini import metrics, sums
-from fedmini.errors import CohortError, PrivacyBudgetError
+from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError
 from fedmini.privacy import encoding, noise
 from fedmini.privacy.ledger import Ledger
-from fedmini.server_step import ServerPlan, server_step
+from fedmini.server_step import ServerPlan, num_asked, server_step
 from fedmini.types import (
     CohortSum,
     DeviceId,
@@ -61,17 +61,26 @@ def run_round(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledge
     round_num = state.round_num + 1
     debited = ledger.last_attempt(round_num)
     attempt = 0 if run.is_replayed or debited is None else debited + 1
-    last_attempt = attempt + run.server.spare_attempts
     while True:
         try:
             return _attempt(state, run, sum_cohort, ledger, attempt)
         except _LostCohortError as error:
-            if attempt == last_attempt:
+            if _num_lost(state, run, ledger, attempt) > run.server.spare_attempts:
                 raise CohortError(
                     f"round {round_num}: {error}, and no spare attempt is left; "
-                    "raise rounds.over_selection or rounds.spare_attempts"
+                    "raise rounds.over_selection or rounds.spare_attempts (what was debited stays spent)"
                 ) from error
             attempt += 1
+
+
+def _num_lost(state: ServerState, run: Run, ledger: Ledger, attempt: int) -> int:
+    """Attempts that were debited and never committed, up to this one: over the whole run, as the calibration counts.
+
+    Not those that come after it in the ledger, so that a replay decides as the first time did.
+    """
+    if not run.manifest.release.units:
+        return attempt + 1  # nothing is ever debited
+    return ledger.num_debits_until(state.round_num + 1, attempt) - state.round_num
 
 
 class _LostCohortError(CohortError):
@@ -85,11 +94,13 @@ def _attempt(
     manifest, release = run.manifest, run.manifest.release
     round_num = state.round_num + 1
     chosen = choose_cohort(state, run, attempt)
+    task = TrainTask(manifest.hash, round_num, attempt, state.adapter)
     rosters: list[Roster] = []
 
     def debit(roster: Roster) -> None:
         if rosters:
             raise CohortError(f"round {round_num}: the roster was fixed twice")
+        _check_roster(roster, task, run, chosen)
         if len(roster.devices) < release.min_survivors:
             raise CohortError(
                 f"round {round_num}: {len(roster.devices)} devices came, {release.min_survivors} are needed; nothing was spent"
@@ -97,10 +108,13 @@ def _attempt(
         _debit(roster, state, run, ledger)
         rosters.append(roster)
 
-    task = TrainTask(manifest.hash, round_num, attempt, state.adapter)
     cohort = sum_cohort(chosen, task, debit)
     if not rosters:
         raise CohortError(f"round {round_num}: a sum came, but no roster was ever fixed")
+    if cohort.num_devices > len(rosters[0].devices):
+        raise ProtocolError(
+            f"round {round_num}: a sum of {cohort.num_devices} devices came, {len(rosters[0].devices)} on the roster"
+        )
     if cohort.num_devices < release.min_survivors:
         raise _LostCohortError(f"{cohort.num_devices} devices were left, {release.min_survivors} are needed")
     total = _noised_by_server(cohort, run, round_num, attempt)
@@ -117,6 +131,21 @@ def _attempt(
     )
 
 
+def _check_roster(roster: Roster, task: TrainTask, run: Run, chosen: tuple[DeviceId, ...]) -> None:
+    """Raise ProtocolError unless a roster is about this attempt and holds devices that were asked, each once."""
+    is_this_attempt = (roster.run_id, roster.round_num, roster.attempt) == (
+        run.manifest.run_id,
+        task.round_num,
+        task.attempt,
+    )
+    is_of_chosen = len(set(roster.devices)) == len(roster.devices) and set(roster.devices) <= set(chosen)
+    if not (is_this_attempt and is_of_chosen):
+        raise ProtocolError(
+            f"round {task.round_num}, attempt {task.attempt}: expected a roster of this attempt that holds chosen devices, "
+            "each once; got another; nothing was spent"
+        )
+
+
 def choose_cohort(state: ServerState, run: Run, attempt: int) -> tuple[DeviceId, ...]:
     """Whom to ask: uniformly, without replacement, among the devices that may still take part. Claims no amplification."""
     release, round_num = run.manifest.release, state.round_num + 1
@@ -125,7 +154,7 @@ def choose_cohort(state: ServerState, run: Run, attempt: int) -> tuple[DeviceId,
         for device in sorted(run.population)
         if _may_take_part(state, device, release.max_participations, release.min_separation)
     ]
-    wanted = math.ceil(release.cohort_size * run.server.over_selection)
+    wanted = num_asked(release.cohort_size, run.server.over_selection)
     if len(eligible) < release.min_survivors:
         raise CohortError(
             f"round {round_num}: {len(eligible)} of {len(run.population)} devices may still take part, "
@@ -173,7 +202,7 @@ def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None
         after = ledger.epsilon_after(event, participation, unit.target_delta)
         if after > budget * (1 + 1e-9):
             raise PrivacyBudgetError(
-                f"round {roster.round_num} would bring the {unit.unit} epsilon to {after:.3f}, the budget is {budget:g}: "
+                f"round {roster.round_num} would bring the {unit.unit} epsilon to {after:.4g}, the budget is {budget:g}: "
                 "the run ends here, with everything up to the round before saved"
             )
     ledger.debit(roster, events, participation, run.is_replayed)

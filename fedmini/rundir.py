@@ -86,9 +86,10 @@ def open_existing(path: Path) -> RunDirectory:
 
 def begin(run: RunDirectory, config: RunConfig, manifest: Manifest, environment: Mapping[str, Any]) -> None:
     """Write down what this run is; from here on the directory is taken."""
-    replace_synced(run.config, dump_run_config(config).encode())
+    _replace(run.config, dump_run_config(config).encode(), "run the same command again")
     record = {"hash": manifest.hash, "environment": dict(environment), "manifest": asdict(manifest)}
-    replace_synced(run.manifest, json.dumps(record, indent=1, sort_keys=True).encode())
+    content = json.dumps(record, indent=1, sort_keys=True).encode()
+    _replace(run.manifest, content, "run the same command again")
 
 
 def stored_config(run: RunDirectory) -> RunConfig:
@@ -108,12 +109,12 @@ def stored_manifest(run: RunDirectory) -> dict[str, Any]:
 
 def write_metrics(run: RunDirectory, history: Sequence[Mapping[str, Any]]) -> None:
     """All metrics lines so far, replaced atomically: a reader never sees half a line."""
-    replace_synced(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in history))
+    _replace(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in history))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """One JSON file, replaced atomically."""
-    replace_synced(path, json.dumps(record, indent=1).encode() + b"\n")
+    _replace(path, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
@@ -122,6 +123,13 @@ def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
         return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError) as error:
         raise StateError(f"{run.metrics} is missing or damaged: is {run.path} a run's directory?") from error
+
+
+def _replace(path: Path, content: bytes, then: str = "run with --resume") -> None:
+    try:
+        replace_synced(path, content)
+    except OSError as error:
+        raise StateError(f"can't write {path}: {error.strerror}; make room or mend the folder, then {then}") from error
 
 
 def _foreign_files(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmini import vectors
+from fedmini.errors import ConfigError
 from fedmini.types import Manifest, ServerState, Vector
 
 ADAM_EPSILON = 1e-8
@@ -24,6 +25,11 @@ class ServerPlan:
     momentum: float
     second_moment: float
     decay: Literal["none", "linear", "cosine"]
+
+
+def num_asked(cohort_size: int, over_selection: float) -> int:
+    """How many devices a round asks, so that `cohort_size` are left; a float's last digit adds nobody."""
+    return math.ceil(cohort_size * over_selection - 1e-9)
 
 
 def server_step(state: ServerState, mean: NDArray[np.float64], manifest: Manifest, server: ServerPlan) -> ServerState:
@@ -46,6 +52,11 @@ def server_step(state: ServerState, mean: NDArray[np.float64], manifest: Manifes
         direction = corrected / (spread + ADAM_EPSILON)
     step = learning_rate_at(state.round_num, manifest.num_rounds, server) * direction
     flat = vectors.flatten(state.adapter, manifest.template).astype(np.float64) + step
+    if not (np.abs(flat) < np.finfo(np.float32).max).all():
+        raise ConfigError(
+            f"round {state.round_num + 1} would make the adapter's numbers overflow: lower rounds.server_learning_rate; "
+            "everything up to the round before is saved"
+        )
     return replace(
         state,
         adapter=vectors.unflatten(flat.astype(np.float32), manifest.template),

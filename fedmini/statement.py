@@ -1,5 +1,6 @@
 """privacy.json: what a run promises, to whom, on what grounds, and what it does not; for a reader who checks."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,17 @@ from fedmini.types import ADJACENCY, Manifest, UnitPlan
 NOT_COVERED = (
     "that a device took part at all, and joining or leaving",
     "whether a device has more or fewer examples than the minimum",
-    "the time a reply takes",
+    "the time a reply takes; the seconds and memory of a round, which a simulation writes down as they are",
     "an example that was typed more than once counts as several examples",
     "a person who uses several devices, or installs again, counts as several people",
-    "rounding in the matrix library: an example's gradient is computed in a batch with others, and the last bits of a "
-    "floating-point product can depend on the batch's size",
     "several runs over the same data: their epsilons add up, and only a device's own ledger sees that",
     "the search for good settings, where it was made on the same people",
     "the public base model and what it was trained on",
+    "the text that the loss is measured on: that one number is published without noise",
+    "the run's own folder beyond the adapter, the report, the metrics and this file: manifest.json holds a digest of all "
+    "encoded examples, with which a guess at all of them can be checked",
+    "floating-point arithmetic: an example's gradient differs in its last digits with who else is in its batch "
+    "(in float32 far below the rounding to integers, in bfloat16 up to some percent of the clip norm)",
 )
 
 NO_PRIVACY = "This run was made WITHOUT privacy: the adapter may reveal what any one example says."
@@ -35,7 +39,7 @@ def privacy_statement(manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
     return {
         "run_id": manifest.run_id,
         "manifest_hash": manifest.hash,
-        "is_private": bool(units) and not is_seeded,
+        "is_private": bool(units) and not is_seeded and all(math.isfinite(_spent(unit, ledger)) for unit in units),
         "summary": _summary(manifest, ledger),
         "guarantees": [_guarantee(unit, manifest, ledger) for unit in units],
         "ledger_lines": ledger.position.seq,
@@ -52,12 +56,20 @@ def _summary(manifest: Manifest, ledger: Ledger) -> str:
     if not units:
         return NO_PRIVACY
     parts = [
-        f"epsilon = {ledger.epsilon(unit.unit, unit.target_delta):.3f} at delta = {unit.target_delta:g} "
-        f"for {ADJACENCY[unit.unit]}"
+        f"epsilon = {_rounded_up(_spent(unit, ledger))} at delta = {unit.target_delta:g} for {ADJACENCY[unit.unit]}"
         for unit in units
     ]
     text = "; and, as a separate guarantee, ".join(parts) + "."
     return f"{SEEDED} Nominally: {text}" if ledger.was_seeded else text
+
+
+def _spent(unit: UnitPlan, ledger: Ledger) -> float:
+    return ledger.epsilon(unit.unit, unit.target_delta)
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Three decimals, never less than was spent."""
+    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}" if math.isfinite(epsilon) else "infinity"
 
 
 def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
@@ -66,7 +78,7 @@ def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, 
     found: dict[str, Any] = {
         "unit": unit.unit,
         "adjacency": ADJACENCY[unit.unit],
-        "epsilon": ledger.epsilon(unit.unit, unit.target_delta),
+        "epsilon": _spent(unit, ledger),
         "delta": unit.target_delta,
         "budget": dict(manifest.target_epsilon).get(unit.unit),
         "mechanism": _mechanism(unit),

@@ -30,12 +30,18 @@ ADJACENCY: Mapping[Unit, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class EncodedExample:
-    """One example as the model sees it. Position i is trained on where `is_target[i]`: it is predicted from i - 1."""
+    """One example as the model sees it. Position i is trained on where `is_target[i]`: it is predicted from i - 1.
+
+    Its repr never shows tokens: they are text.
+    """
 
     tokens: NDArray[np.int32]  # (length,)
     is_target: NDArray[np.bool_]  # (length,), never true at 0, true somewhere
+
+    def __repr__(self) -> str:
+        return f"EncodedExample({len(self.tokens)} tokens, {int(self.is_target.sum())} targets)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ LAYERS: Mapping[str, int] = {
     "fedmini.rounds": 3,
     "fedmini.rundir": 3,
     "fedmini.planning": 3,
+    "fedmini.pace": 3,
     "fedmini.device": 4,
     "fedmini.forecast": 4,
     "fedmini.statement": 4,

@@ -133,3 +133,23 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> No
     blocked.write_text("")
     with pytest.raises(StateError, match="can't save a checkpoint"):
         checkpoint.save(blocked / "checkpoints", a_checkpoint(1))
+
+
+def test_a_run_of_more_than_9999_rounds_keeps_its_newest(tmp_path: Path) -> None:
+    """Names sort otherwise than numbers there."""
+    for round_num in (9998, 9999, 10000, 10001):
+        checkpoint.save(tmp_path, a_checkpoint(round_num))
+    found = checkpoint.load(tmp_path)
+    assert found is not None and found.state.round_num == 10001
+    assert {path.name for path in tmp_path.glob("round-*")} == {"round-10000", "round-10001"}
+
+
+def test_a_changed_state_is_noticed_in_an_older_checkpoint_too(tmp_path: Path) -> None:
+    """LATEST knows only the newest; a participation that is forgotten in the one before would cost privacy."""
+    checkpoint.save(tmp_path, a_checkpoint(1))
+    checkpoint.save(tmp_path, a_checkpoint(2))
+    (tmp_path / "round-0002" / "tensors.safetensors").unlink()
+    older = tmp_path / "round-0001" / "state.json"
+    older.write_bytes(older.read_bytes().replace(b'"count": 2', b'"count": 1'))
+    with pytest.raises(StateError, match=r"every checkpoint .* is damaged"):
+        checkpoint.load(tmp_path)

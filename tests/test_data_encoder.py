@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedmini.data import Encoder, Example
 from fedmini.errors import ConfigError
+from fedmini.types import EncodedExample
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<tool>"]
 TEMPLATE = (
@@ -245,3 +246,9 @@ def test_the_real_tokenizer_keeps_a_truncated_prompts_frame(real_tokenizer):
     assert len(encoded.tokens) == 64
     assert text.startswith("<|im_start|>system\n") and "<|im_start|>user\n word" in text
     assert text.endswith(" end<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>")
+
+
+def test_an_encoded_example_shows_no_token():
+    """Tokens are text: a repr lands in a traceback before anybody thinks of it."""
+    example = EncodedExample(np.array([101, 102, 103], np.int32), np.array([False, True, True]))
+    assert repr(example) == "EncodedExample(3 tokens, 2 targets)"

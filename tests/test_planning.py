@@ -153,3 +153,22 @@ def test_the_encoding_of_an_unprotected_update_is_fine_enough(tmp_path: Path) ->
     release = a_manifest(a_config(tmp_path, "none")).release
     assert 1 / release.scale < 1e-4
     assert encoding.sensitivity(release.encoding_norm, release.scale, 260) * 5 < 2**31
+
+
+def test_a_small_expected_batch_does_not_make_the_modulus_too_small(tmp_path: Path) -> None:
+    """The denominator may be set to anything; what a sum holds is what devices draw: 1.0 of up to 200 examples."""
+    chosen = a_config(
+        tmp_path,
+        "example-shared",
+        data={"source": "in memory", "max_examples_per_device": 200, "held_out_devices": 2},
+        local={"sampling_rate": 1.0, "expected_batch_size": 1.0},
+        rounds={"num_rounds": 3, "cohort_size": 50, "min_survivors": 50},
+    )
+    release = a_manifest(chosen).release
+    assert 2 ** (release.modulus_bits - 1) > 50 * 200 * 2**13
+
+
+def test_noise_beyond_the_samplers_reach_is_refused_before_anything_is_debited(tmp_path: Path) -> None:
+    privacy = {"device": {"noise": "server", "clip_norm": 1.0, "noise_multiplier": 1000.0, "target_delta": 1e-5}}
+    with pytest.raises(ConfigError, match="noise multiplier"):
+        a_manifest(a_config(tmp_path, "none", privacy=privacy))

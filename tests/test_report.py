@@ -92,7 +92,7 @@ def make_manifest(story: Story) -> Manifest:
         max_participations=5, min_separation=1,
     )  # fmt: skip
     shape = LoraShape(4, 8.0, ("v_proj", "o_proj"), None, "B", 0)
-    local = LocalPlan(1, 0.1, 20.0, 1.0, "sgd", 96)
+    local = LocalPlan(1, 0.1, 20.0, 1.0, "sgd", 96, detach_prefix=False)
     budgets = tuple((unit, 8.0) for unit in story.units)
     return Manifest(RUN_ID, "f" * 64, shape, (("w", (4, 576)),), local, release, story.num_rounds, budgets)
 
@@ -370,9 +370,9 @@ def test_a_run_before_its_first_round_shows_where_it_begins(tmp_path):
     assert page.tags.count("svg") == 1
 
 
-def test_a_run_that_its_budget_ended_says_so(tmp_path):
+def test_a_run_that_ended_early_says_so(tmp_path):
     page = page_of(tmp_path / "run", Story(num_done=3))
-    assert "The run ended there, before round 4 would have passed the privacy budget." in page.text
+    assert "The run ended there: for round 4 either the privacy budget or the number of devices" in page.text
 
 
 def test_a_statement_older_than_the_ledger_is_not_believed(tmp_path):
@@ -524,3 +524,20 @@ def test_sizes_times_and_small_chances_read_as_a_person_would_say_them():
     assert wording.delta(1e-5) == "1e-5 (1 in 100,000)"
     assert wording.delta(2.5e-7) == "2.5e-7 (1 in 4,000,000)"
     assert wording.delta(0.001) == "0.001 (1 in 1,000)"
+
+
+def test_a_report_holds_no_digest_of_the_private_examples(tmp_path):
+    """With it, whoever guesses all examples but one could check every guess at that one: no noise is in a digest."""
+    run = write_run(tmp_path / "run", Story())
+    report.write_report(run.path)
+    assert "d" * 64 not in run.report.read_text(encoding="utf-8")
+
+
+def test_a_run_that_ran_out_of_devices_is_not_said_to_have_ended_by_its_budget(tmp_path):
+    page = page_of(tmp_path / "run", Story(num_done=3))
+    assert "would have passed the privacy budget" not in page.text
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.714, 9.991, 10.2, 999_999.5, 1.2e6, 9.7e20])
+def test_a_factor_is_never_rounded_down(factor):
+    assert factor <= float(wording._at_least(factor).replace(",", "")) <= factor * 2

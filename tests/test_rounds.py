@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedmini import config, planning, rounds
-from fedmini.errors import CohortError, PrivacyBudgetError, StateError
+from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError, StateError
 from fedmini.privacy import encoding
 from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import RandomStream
@@ -310,3 +310,89 @@ def test_a_replay_with_another_roster_is_refused(ledger: Ledger) -> None:
     rounds.run_round(a_state(ledger), run, sends(run, UPDATE), ledger)
     with pytest.raises(StateError, match="debited already"):
         rounds.run_round(a_state(ledger), replace(run, population=DEVICES[:9]), sends(run, UPDATE), ledger)
+
+
+def lost_first(run: rounds.Run, attempts: list[tuple[int, int]]):
+    """Every round's first attempt loses too many devices; the second one goes well."""
+
+    def sum_cohort(chosen: Sequence[DeviceId], task: TrainTask, debit: Debit) -> CohortSum:
+        attempts.append((task.round_num, task.attempt))
+        return sends(run, UPDATE, num_survivors=4 if task.attempt == 0 else 8)(chosen, task, debit)
+
+    return sum_cohort
+
+
+ONE_SPARE = {"rounds": {"num_rounds": 3, "cohort_size": 8, "min_survivors": 5, "spare_attempts": 1}}
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_spare_attempts_are_the_whole_runs_as_the_calibration_counts_them(ledger: Ledger, seed: int | None) -> None:
+    """One spare attempt, three rounds that each lose one: the second loss ends the run, at 1 + 1 + 1 releases."""
+    run = a_run(ONE_SPARE, seed=seed)
+    attempts: list[tuple[int, int]] = []
+    with pytest.raises(CohortError, match=r"round 2: .* no spare attempt is left"):
+        rounds.train(a_state(ledger), run, lost_first(run, attempts), ledger, lambda state, report: None)
+    assert attempts == [(1, 0), (1, 1), (2, 0)]
+    assert ledger.max_participation("device") <= 3 + 1  # what planning.num_releases promises
+
+
+def test_a_replay_loses_the_same_attempts_and_goes_on_the_same_way(ledger: Ledger) -> None:
+    """A kill after the debit of the spare attempt: the replay may not count that debit against itself."""
+    run = a_run(ONE_SPARE, seed=5)
+    before = a_state(ledger)
+    first, _ = rounds.run_round(before, run, lost_first(run, []), ledger)
+    again, _ = rounds.run_round(before, run, lost_first(run, []), ledger)
+    assert again.adapter["x.lora_B.weight"].tobytes() == first.adapter["x.lora_B.weight"].tobytes()
+    assert ledger.num_debits == 2
+
+
+def test_a_cohort_that_is_lost_says_that_it_stays_paid_for(ledger: Ledger) -> None:
+    run = a_run()
+    with pytest.raises(CohortError, match="what was debited stays spent"):
+        rounds.run_round(a_state(ledger), run, sends(run, UPDATE, num_survivors=4), ledger)
+
+
+def test_without_privacy_lost_attempts_end_too(ledger: Ledger) -> None:
+    run = a_run(NO_PRIVACY | ONE_SPARE)
+    attempts: list[int] = []
+
+    def sum_cohort(chosen: Sequence[DeviceId], task: TrainTask, debit: Debit) -> CohortSum:
+        attempts.append(task.attempt)
+        return sends(run, UPDATE, num_survivors=4)(chosen, task, debit)
+
+    with pytest.raises(CohortError, match="no spare attempt is left"):
+        rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
+    assert attempts == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda roster: replace(roster, devices=roster.devices + roster.devices[:1]),  # one device twice
+        lambda roster: replace(roster, devices=(*roster.devices[:-1], "stranger")),
+        lambda roster: replace(roster, round_num=2),
+        lambda roster: replace(roster, attempt=1),
+    ],
+)
+def test_a_roster_that_is_not_this_attempts_is_refused_before_the_debit(ledger: Ledger, wrong) -> None:
+    run = a_run()
+
+    def sum_cohort(chosen: Sequence[DeviceId], task: TrainTask, debit: Debit) -> CohortSum:
+        debit(wrong(Roster("test-run", task.round_num, task.attempt, tuple(sorted(chosen)))))
+        raise AssertionError("a wrong roster was accepted")
+
+    with pytest.raises(ProtocolError, match="roster"):
+        rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
+    assert ledger.num_debits == 0
+
+
+def test_a_sum_of_more_devices_than_the_roster_has_is_refused(ledger: Ledger) -> None:
+    run = a_run()
+    with pytest.raises(ProtocolError, match=r"9 devices .* 8 on the roster"):
+        rounds.run_round(a_state(ledger), run, sends(run, UPDATE, num_survivors=9), ledger)
+
+
+def test_a_tenth_more_than_ten_devices_are_eleven(ledger: Ledger) -> None:
+    """10 * 1.1 is a little above 11 in floats; it must not become 12."""
+    run = a_run({"rounds": {"num_rounds": 3, "cohort_size": 10, "min_survivors": 5, "over_selection": 1.1}})
+    assert len(rounds.choose_cohort(a_state(ledger), run, 0)) == 11

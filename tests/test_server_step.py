@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedmini.errors import ConfigError
 from fedmini.server_step import ServerPlan, learning_rate_at, server_step
 from fedmini.types import LedgerPosition, ServerState
 from tests.test_rounds import NO_PRIVACY, a_run
@@ -38,3 +39,8 @@ def test_half_way_a_decaying_rate_is_half(decay: str, expected: float) -> None:
     plan = ServerPlan(1.0, 0, "average", 0.1, 0.9, 0.99, decay)  # type: ignore[arg-type]
     assert learning_rate_at(5, 10, plan) == pytest.approx(expected)
     assert learning_rate_at(0, 10, plan) == pytest.approx(0.1)
+
+
+def test_a_step_that_overflows_is_refused_and_nothing_is_committed() -> None:
+    with pytest.raises(ConfigError, match=r"lower rounds\.server_learning_rate"):
+        steps(1, learning_rate=1e39)

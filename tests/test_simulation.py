@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ import pytest
 
 from fedmini import rundir, simulation
 from fedmini.config import RunConfig
-from fedmini.errors import ConfigError, PrivacyBudgetError, StateError
+from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError, StateError
 from fedmini.model.adapters import load_peft
 from fedmini.privacy import accounting
-from fedmini.privacy.ledger import read_ledger
+from fedmini.privacy.ledger import Ledger, read_ledger
 from fedmini.simulation import Progress, SimulationOptions, SimulationResult
 from fedmini.types import PrivacyEvent
 from tests import tiny_run
@@ -273,3 +274,96 @@ def test_no_file_of_a_run_holds_what_a_person_wrote(tmp_path: Path) -> None:
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) >= 8
     assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def unseeded(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
+
+
+@pytest.mark.parametrize("privacy", ["example-shared", "none"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again_silently(tmp_path: Path, privacy: str) -> None:
+    config = unseeded(tiny_run.config(tmp_path, privacy))
+    run(tmp_path, config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(StateError, match="its checkpoints are gone"):
+        run(tmp_path, config, resume=True)
+
+
+def test_a_ledger_file_that_is_gone_is_noticed_even_in_the_first_round(tmp_path: Path) -> None:
+    """Round 1 was debited, nothing committed since: the checkpoint of round 0 knows no line that could be missed."""
+    config = unseeded(tiny_run.config(tmp_path))
+    with pytest.raises(_KilledError):
+        run(tmp_path, config, on_progress=interrupt_after(2))
+    (tmp_path / "run" / "ledger.jsonl").unlink()
+    with pytest.raises(StateError, match=r"the ledger .* is gone"):
+        run(tmp_path, config, resume=True)
+
+
+@pytest.mark.parametrize("seed", [7, None])
+def test_a_seeded_run_is_only_replayed_where_it_gives_the_same_bits(tmp_path: Path, seed: int | None) -> None:
+    """Another torch computes other bits: repeating a debited attempt with it would be a second, unpaid release."""
+    config = tiny_run.config(tmp_path)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+    with pytest.raises(_KilledError):
+        run(tmp_path, config, on_progress=interrupt_after(7))
+    path = tmp_path / "run" / "manifest.json"
+    record = json.loads(path.read_text())
+    record["environment"]["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(record))
+    if seed is None:
+        run(tmp_path, config, resume=True)
+        return
+    with pytest.raises(StateError, match="versions"):
+        run(tmp_path, config, resume=True)
+
+
+def test_a_seed_given_at_resume_is_another_run(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    with pytest.raises(_KilledError):
+        run(tmp_path, config, on_progress=interrupt_after(7))
+    for other in (unseeded(config), tiny_run.config(tmp_path, changes={"run": {"seed": 8}})):
+        with pytest.raises(StateError, match="its run settings differ"):
+            run(tmp_path, other, resume=True)
+
+
+def test_a_seed_written_into_a_runs_own_settings_is_refused(tmp_path: Path) -> None:
+    """Without a second debit, the replay of an attempt under another seed would be a release that nobody paid for."""
+    config = tiny_run.config(tmp_path)
+    with pytest.raises(_KilledError):
+        run(tmp_path, config, on_progress=interrupt_after(7))
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("seed = 7", "seed = 8"))
+    options = SimulationOptions(resume=True, cache_dir=tmp_path / "cache")
+    with pytest.raises(StateError, match="run settings"):
+        simulation.simulate(None, data=tiny_run.rows(), output=tmp_path / "run", options=options)
+
+
+def test_where_devices_run_out_what_was_paid_for_is_written(tmp_path: Path) -> None:
+    """Six people, five a round, once each: round 2 can't be. Round 1's adapter and statement are there."""
+    config = tiny_run.config(tmp_path, changes={"rounds": {"max_participations": 1}})
+    with pytest.raises(CohortError, match="round 2: 1 of 6 devices may still take part"):
+        run(tmp_path, config)
+    statement = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert statement["guarantees"][0]["num_releases"] == 1
+    assert any(value.any() for value in load_peft(tmp_path / "run" / "adapter")[1].values())
+
+
+def test_an_evaluation_in_which_nothing_fits_is_said_before_training(tmp_path: Path) -> None:
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text('{"text": "a"}\n')
+    config = tiny_run.config(
+        tmp_path, changes={"evaluation": {"source": str(evaluation)}, "data": {"template": "text"}}
+    )
+    with pytest.raises(ConfigError, match="no example to evaluate on"):
+        run(tmp_path, config)
+
+
+def test_the_second_of_two_runs_begun_in_one_folder_leaves_the_firsts_manifest_alone(tmp_path: Path) -> None:
+    """Loading takes seconds: both found the folder empty. The ledger's lock decides, before anything is written."""
+    (tmp_path / "run").mkdir()
+    with (
+        Ledger.open(tmp_path / "run" / "ledger.jsonl", "the first"),
+        pytest.raises(StateError, match="in use by another process"),
+    ):
+        run(tmp_path, tiny_run.config(tmp_path))
+    assert not (tmp_path / "run" / "manifest.json").exists()

@@ -52,7 +52,9 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
         _replace(folder / TENSORS_FILE, save(ordered, metadata=header))
         _replace(folder / CONFIG_FILE, json.dumps(described, indent=2, sort_keys=True, default=str).encode())
     except OSError as error:
-        raise StateError(f"can't write the adapter to {folder}: {error.strerror}") from error
+        raise StateError(
+            f"can't write the adapter to {folder}: {error.strerror}; make room or mend the folder, then run with --resume"
+        ) from error
 
 
 def load_peft(folder: Path) -> tuple[LoraShape, Adapter]:

@@ -20,6 +20,7 @@ from fedmini.model import digests
 
 FORMAT = 1  # raised when what is written changes; older folders are rebuilt
 _MANIFEST = "manifest.json"
+_REMEDY = "make room there, or let XDG_CACHE_HOME name another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +76,12 @@ def open_or_build(
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"can't write the cache folder {cache_dir}: {error.strerror}") from error
+        raise ConfigError(f"can't write the cache folder {cache_dir}: {error.strerror}; {_REMEDY}") from error
     try:
         _fill(partial, build(partial))
         _move_into_place(partial, folder)
     except OSError as error:
-        raise ConfigError(f"can't write the cache folder {cache_dir}: {error.strerror or error}") from error
+        raise ConfigError(f"can't write the cache folder {cache_dir}: {error.strerror or error}; {_REMEDY}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     cached = _verified(folder)
@@ -155,7 +156,7 @@ def _write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         Path(name).replace(path)
     except OSError as error:
-        raise ConfigError(f"can't write {path}: {error.strerror}") from error
+        raise ConfigError(f"can't write {path}: {error.strerror}; {_REMEDY}") from error
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """A reply, token by token."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from fedmini.errors import ConfigError
 from fedmini.model.packed_layers import PackedHead, PackedLinear
 
+_MARK, _MARKED = "Fedmini message mark {}.", re.compile(r"Fedmini message mark (\d+)\.")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character whose bytes are not all there yet
 
 
@@ -44,13 +46,25 @@ def reply(
 def _prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ConfigError("this base has no chat template: choose a base that is made for conversations")
-    text = str(
-        tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-        )
-    )
-    prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    marked = [{**message, "content": _MARK.format(index)} for index, message in enumerate(messages)]
+    # The template never sees what was typed: "<|im_end|>" in a message stays text.
+    rendered = str(tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
+    pieces = _MARKED.split(rendered)  # template, number of a message, template, ...
+    if str(len(messages) - 1) not in pieces[1::2]:
+        raise ConfigError("this base's chat template leaves out what was said last: choose another base")
+    prompt: list[int] = tokenizer(pieces[0], add_special_tokens=False)["input_ids"] if pieces[0] else []
+    for number, template in zip(pieces[1::2], pieces[2::2], strict=True):
+        prompt += _typed(tokenizer, messages[int(number)]["content"])
+        prompt += tokenizer(template, add_special_tokens=False)["input_ids"] if template else []
     return prompt
+
+
+def _typed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What a person or the model said, as tokens without a control token among them: as training encodes it."""
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control.update(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    return [token for token in tokens if token not in control]
 
 
 def _ends_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -41,10 +41,19 @@ def repack(path: Path, folder: Path) -> Mapping[str, Any]:
             weights[tensor.name] = pack_rows(tensor.quantization, tensor.data)
         else:
             weights[tensor.name] = pack_matrix(tensor.quantization, tensor.data)
-    save_file(_flatten(weights), folder / _TENSORS)
-    _convert_tokenizer(path).save_pretrained(folder / _TOKENIZER)
+    _write(folder, weights, _convert_tokenizer(path))
     digest = digests.weights_digest({name: partial(dequantized, weight) for name, weight in weights.items()})
     return {"config": gguf.config, "quantizations": quantizations, "weights_digest": digest}
+
+
+def _write(folder: Path, weights: Mapping[str, Weight], tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        save_file(_flatten(weights), folder / _TENSORS)
+        tokenizer.save_pretrained(folder / _TOKENIZER)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have errors of their own for a disk that is full
+        raise OSError(str(error)) from error
 
 
 def _convert_tokenizer(path: Path) -> PreTrainedTokenizerBase:

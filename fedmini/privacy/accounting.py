@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmini.errors import ConfigError
-from fedmini.privacy import encoding
+from fedmini.privacy import encoding, noise
 from fedmini.types import NoiseSource, PrivacyEvent, Unit, UnitPlan
 
 Mixture = tuple[tuple[float, float, int], ...]  # (z_eff, sampling_rate, how often)
@@ -96,6 +96,11 @@ def plan_unit(request: UnitRequest) -> UnitPlan:
         wanted = (request.z_eff * norm_bound) ** 2 / request.num_shares * (1 + 1e-12)
         noise_variance = math.ceil(wanted) + SMOOTHING_VARIANCE
         noise_multiplier = math.sqrt(request.num_shares * noise_variance) / reach
+    if noise_variance > noise.MAX_VARIANCE:
+        raise ConfigError(
+            f"noise multiplier {noise_multiplier:g} is more than can be drawn: a share may have a standard deviation of "
+            f"at most {noise.MAX_VARIANCE**0.5 / reach:g} clip norms; lower it, or raise target_epsilon"
+        )
     z_eff = effective_multiplier(noise_variance, request.num_shares, norm_bound)
     if z_eff < SMALLEST_EFFICIENCY * noise_multiplier:
         raise ConfigError(

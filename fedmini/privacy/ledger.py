@@ -128,6 +128,11 @@ class Ledger:
         """Releases that were debited: distinct pairs of round and attempt."""
         return len({(line["round"], line["attempt"]) for line in self._debits()})
 
+    def num_debits_until(self, round_num: int, attempt: int) -> int:
+        """Releases that were debited up to this attempt at this round, in the order of rounds and attempts."""
+        debited = {(line["round"], line["attempt"]) for line in self._debits()}
+        return sum(pair <= (round_num, attempt) for pair in debited)
+
     def last_attempt(self, round_num: int) -> int | None:
         """The largest attempt at a round that was debited."""
         return max((line["attempt"] for line in self._debits() if line["round"] == round_num), default=None)

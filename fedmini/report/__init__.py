@@ -27,6 +27,6 @@ def write_report(directory: Path) -> Path:
         replace_synced(run.report, page.render(found, drawn).encode())
     except OSError as error:
         raise StateError(
-            f"can't write the report in {directory}: {error.strerror}; make room or mend the folder, then try again"
+            f"can't write the report in {directory}: {error.strerror}; make room or mend the folder, then run `fedmini report`"
         ) from error
     return run.report

@@ -203,7 +203,7 @@ def _settings(facts: RunFacts) -> str:
 def _origins(facts: RunFacts) -> str:
     environment = dict(facts.record["environment"])
     versions = environment.pop("versions", {})
-    data_hash = environment.pop("data_sha256", None)
+    environment.pop("data_sha256", None)  # no noise is in a digest of private examples: not for the public
     rows = [[str(key).replace("_", " "), str(value)] for key, value in environment.items()]
     if isinstance(versions, dict):
         rows.append(["versions", ", ".join(f"{package} {number}" for package, number in versions.items())])
@@ -213,7 +213,6 @@ def _origins(facts: RunFacts) -> str:
     hashes = [
         ["manifest", str(facts.record["hash"])],
         ["base model", str(facts.record["manifest"]["base_fingerprint"])],
-        *([["encoded examples", str(data_hash)]] if data_hash else []),
         ["ledger.jsonl", ledger],
     ]
     return (

@@ -100,12 +100,22 @@ def in_other_words(guarantee: Guarantee, is_seeded: bool) -> str:
     if guarantee.epsilon == 0:
         return "nothing has been released yet"
     factor = math.exp(min(guarantee.epsilon, 700.0))
-    shown = f"{factor:,.2f}" if factor < 10 else f"{math.ceil(factor):,}" if factor < 1e6 else f"{factor:.0e}"
+    shown = _at_least(factor)
     thing = "the example" if guarantee.unit == "example" else "the device"
     return (
         f"nothing that was released is more than {shown} times likelier with {thing} than without it, or the other way "
         "round, up to an allowance of delta (this is the worst case; the factor is e to the epsilon)"
     )
+
+
+def _at_least(factor: float) -> str:
+    """A factor in few digits, rounded up."""
+    if factor < 10:
+        return f"{math.ceil(factor * 100) / 100:,.2f}"
+    if factor < 1e6:
+        return f"{math.ceil(factor):,}"
+    exponent = math.floor(math.log10(factor))
+    return f"{math.ceil(factor / 10.0**exponent)}e+{exponent:02d}"
 
 
 def _devices(facts: RunFacts) -> str:
@@ -120,5 +130,8 @@ def _ending(facts: RunFacts) -> str:
     if facts.num_rounds >= facts.num_rounds_planned:
         return ""
     if facts.is_stated:
-        return f" The run ended there, before round {facts.num_rounds + 1} would have passed the privacy budget."
+        return (
+            f" The run ended there: for round {facts.num_rounds + 1} either the privacy budget or the number of devices "
+            "was too small."
+        )
     return f" The run is not finished: {facts.num_rounds_planned} rounds are planned."

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from fedmini import rounds, rundir
 from fedmini.config import RunConfig, load_run_config
-from fedmini.errors import ConfigError, PrivacyBudgetError
+from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError
 from fedmini.privacy.ledger import Ledger
 from fedmini.simulation.progress import Progress, SimulationResult
-from fedmini.simulation.session import Session, starting_point
+from fedmini.simulation.session import Session, check_saved_together, starting_point
 from fedmini.simulation.setup import Rows, SimulationOptions, same_run, set_up
 
 __all__ = ["Progress", "Rows", "SimulationOptions", "SimulationResult", "simulate"]
@@ -37,15 +37,17 @@ def simulate(
         chosen = _read(config)
         directory = rundir.create(Path(output))
     setup = set_up(chosen, data, directory, options)
-    if not options.resume:
-        rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
+    if options.resume:
+        check_saved_together(directory)
     with Ledger.open(directory.ledger, setup.run.manifest.run_id) as ledger:
+        if not options.resume:  # under the ledger's lock: of two runs begun in one folder, one writes there
+            rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
         state, history = starting_point(setup, directory, ledger)
         session = Session(setup, directory, ledger, options.on_progress, history)
         try:
             session.evaluate_if_due(state)
             state = rounds.train(state, setup.run, session.sum_cohort, ledger, session.on_round)
-        except PrivacyBudgetError:
+        except (PrivacyBudgetError, CohortError):  # the run is over: what was paid for is written down
             session.finish(session.last_state(state))
             raise
         return session.finish(state)

@@ -19,6 +19,7 @@ class Progress:
     device_index: int = 0  # devices of this round that have answered
     num_devices: int = 0
     loss: float | None = None  # the last evaluation
+    loss_round: int | None = None  # the round that it was measured after; 0 is before any training
     epsilon: Mapping[str, float] | None = None
 
 

@@ -1,12 +1,13 @@
 """A run in progress: the seam to the devices of this process, and what is written as the rounds go by."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from fedmini import checkpoint, rundir, statement
+from fedmini import checkpoint, pace, rundir, statement
 from fedmini.checkpoint import Checkpoint
 from fedmini.errors import StateError
 from fedmini.model import runtime
@@ -34,6 +35,11 @@ def starting_point(setup: Setup, directory: RunDirectory, ledger: Ledger) -> tup
     """The state to go on from: the newest checkpoint's, or that of a run where nothing was committed yet."""
     found = checkpoint.load(directory.checkpoints)
     if found is None:
+        if ledger.position.seq > 0 or directory.metrics.exists():  # round 0 is committed before either
+            raise StateError(
+                f"{directory.path} has trained before, but its checkpoints are gone: bring {directory.checkpoints} back, "
+                "or begin anew in another --output"
+            )
         return (
             ServerState(0, setup.model.initial_adapter(), 0, None, None, {}, LedgerPosition(0, FIRST_HASH)),
             [],
@@ -42,6 +48,15 @@ def starting_point(setup: Setup, directory: RunDirectory, ledger: Ledger) -> tup
         raise StateError(f"{directory.checkpoints} belongs to another run than {directory.manifest}")
     ledger.verify(found.state.ledger)
     return found.state, list(found.history)
+
+
+def check_saved_together(directory: RunDirectory) -> None:
+    """Raise StateError where the weights are there and what they cost is not: a new ledger would say nothing was spent."""
+    if directory.checkpoints.exists() and not directory.ledger.exists():
+        raise StateError(
+            f"the ledger {directory.ledger} is gone: bring it back, or begin anew in another --output; "
+            "what this run has spent is unknown without it"
+        )
 
 
 class Session:
@@ -58,6 +73,7 @@ class Session:
         self._setup, self._directory, self._ledger, self._tell = setup, directory, ledger, tell
         self._history = history
         self._state: ServerState | None = None
+        self._pace = pace.Pace()
 
     def last_state(self, otherwise: ServerState) -> ServerState:
         """The last committed state."""
@@ -67,7 +83,13 @@ class Session:
         """Commit a round: the state first, then what a reader may know of it."""
         self._history.append(_metrics_line(report))
         self._commit(state)
+        self._pace = replace(
+            self._pace,
+            train_seconds=self._pace.train_seconds + report.seconds,
+            num_trained=self._pace.num_trained + pace.num_trained(self._setup.run.manifest, report.num_survivors),
+        )
         self.evaluate_if_due(state)
+        pace.remember(self._setup.cache_dir, self._setup.config, self._pace)
 
     def evaluate_if_due(self, state: ServerState) -> None:
         """Fill in the loss on people who took no part, before the first round, after every so many, and at the end."""
@@ -79,13 +101,20 @@ class Session:
         is_due = state.round_num % every == 0 or state.round_num == last
         if line["eval_loss"] is None and is_due:
             self._progress("evaluation", state.round_num)
-            self._setup.model.set_adapter(state.adapter)
-            nats, targets = self._setup.model.evaluate(
-                self._setup.held_out, self._setup.config.local.physical_batch_size
-            )
-            line["eval_loss"] = nats / targets
+            line["eval_loss"] = self._evaluate(state)
         rundir.write_metrics(self._directory, self._history)
-        self._progress("round", state.round_num)
+        self._progress("round", state.round_num, num_devices=line["num_survivors"])
+
+    def _evaluate(self, state: ServerState) -> float:
+        started = time.monotonic()
+        self._setup.model.set_adapter(state.adapter)
+        nats, targets = self._setup.model.evaluate(self._setup.held_out, self._setup.config.local.physical_batch_size)
+        self._pace = replace(
+            self._pace,
+            evaluation_seconds=self._pace.evaluation_seconds + time.monotonic() - started,
+            num_evaluated=self._pace.num_evaluated + len(self._setup.held_out),
+        )
+        return nats / targets
 
     def sum_cohort(self, chosen: Sequence[DeviceId], task: TrainTask, debit: Callable[[Roster], None]) -> CohortSum:
         """The one seam, in one process: the sum is formed directly, one contribution in memory at a time."""
@@ -124,7 +153,7 @@ class Session:
         self._state = state
 
     def _progress(self, stage: str, round_num: int, device_index: int = 0, num_devices: int = 0) -> None:
-        losses = [line["eval_loss"] for line in self._history if line["eval_loss"] is not None]
+        measured = next((line for line in reversed(self._history) if line["eval_loss"] is not None), None)
         self._tell(
             Progress(
                 stage=stage,
@@ -132,7 +161,8 @@ class Session:
                 num_rounds=self._setup.run.manifest.num_rounds,
                 device_index=device_index,
                 num_devices=num_devices,
-                loss=losses[-1] if losses else None,
+                loss=measured["eval_loss"] if measured else None,
+                loss_round=measured["round"] if measured else None,
                 epsilon=self._history[-1]["epsilon"] if self._history else None,
             )
         )

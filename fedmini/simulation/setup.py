@@ -47,6 +47,7 @@ class Setup:
     held_out: tuple[EncodedExample, ...]
     evaluated_on: str  # in words
     environment: Mapping[str, Any]
+    cache_dir: Path
 
 
 def same_run(given: RunConfig, stored: RunConfig, directory: RunDirectory) -> RunConfig:
@@ -90,11 +91,18 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
     examples = {device: encoder.encode_all(found) for device, found in population.devices.items()}
     _check_population(examples, config)
     held_out = _evaluation_examples(config, population, encoder)
+    if not held_out:
+        raise ConfigError(
+            "there is no example to evaluate on: in none of them a target fits local.max_length; "
+            "hold out more people, or give another evaluation.source"
+        )
     streams = _streams(config.run.seed)
     stored = rundir.stored_manifest(directory) if options.resume else None
     run_id = stored["manifest"]["run_id"] if stored else f"{config.run.name}-{secrets.token_hex(4)}"
     manifest = planning.make_manifest(config, run_id, planning.Base(model.fingerprint, model.template), cache_dir)
     environment = _environment(base, examples, num_threads)
+    if config.run.seed is not None:
+        environment["seed"] = config.run.seed
     if stored:
         _check_unchanged(stored, manifest, environment, directory)
     return Setup(
@@ -108,6 +116,7 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
         held_out=held_out,
         evaluated_on=_evaluated_on(config),
         environment=environment,
+        cache_dir=cache_dir,
     )
 
 
@@ -169,6 +178,18 @@ def _check_unchanged(
 ) -> None:
     if stored["environment"].get("data_sha256") != environment["data_sha256"]:
         raise StateError(f"the examples are not those that {directory.path} began with: bring them back, or start anew")
+    seed = environment.get("seed")
+    if stored["environment"].get("seed") != seed:
+        raise StateError(
+            f"the run settings in {directory.config} were changed: {directory.path} began with another run.seed, or none; "
+            "put it back"
+        )
+    changed = [key for key, value in environment.items() if stored["environment"].get(key) != value]
+    if seed is not None and changed:
+        raise StateError(
+            f"a seeded run is replayed bit for bit, and {', '.join(changed)} in {directory.manifest} are not what is here "
+            "now: go on where it began, or start anew in another --output"
+        )
     if stored["hash"] != manifest.hash:
         raise StateError(
             f"the manifest in {directory.manifest} can't be made again from its settings: "

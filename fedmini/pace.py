@@ -1,0 +1,104 @@
+"""How fast this machine trains: measured while a run goes on, remembered in the cache folder, read by `fedmini plan`."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedmini.config import RunConfig
+from fedmini.types import Manifest
+
+FILE = "pace.json"  # in the cache folder: what was measured, by what it was measured on
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds spent, and on how many examples. Of a training: the expected number, never what devices drew."""
+
+    train_seconds: float = 0.0
+    num_trained: float = 0.0
+    evaluation_seconds: float = 0.0
+    num_evaluated: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return self.num_trained > 0 and self.num_evaluated > 0
+
+
+def forecast_seconds(pace: Pace, manifest: Manifest, config: RunConfig) -> float:
+    """How long the rounds and evaluations of a run take at a known pace; loading comes on top."""
+    trained = manifest.num_rounds * num_trained(manifest, manifest.release.cohort_size)
+    evaluated = num_evaluations(manifest.num_rounds, config.evaluation.every) * config.evaluation.max_examples
+    return pace.train_seconds / pace.num_trained * trained + pace.evaluation_seconds / pace.num_evaluated * evaluated
+
+
+def num_trained(manifest: Manifest, num_devices: int) -> float:
+    """Examples that a round of so many devices is expected to train on."""
+    return num_devices * manifest.local.num_steps * manifest.local.expected_batch_size
+
+
+def num_evaluations(num_rounds: int, every: int) -> int:
+    """Before the first round, after every so many, and at the end."""
+    return sum(round_num % every == 0 or round_num == num_rounds for round_num in range(num_rounds + 1))
+
+
+def remember(cache_dir: Path, config: RunConfig, pace: Pace) -> None:
+    """Keep a pace for the next plan, in place of the last one. A cache that can't be written is no reason to stop a run."""
+    if not pace.is_known:
+        return
+    known, key = _read(cache_dir), _key(config)
+    known.pop(key, None)  # the newest stands last
+    known[key] = asdict(pace)
+    path = cache_dir / FILE
+    partial = path.with_name(f".{FILE}-{os.getpid()}")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def recall(cache_dir: Path, config: RunConfig) -> Pace | None:
+    """The newest pace that was measured on this machine with these settings; None before a first run with them.
+
+    compute_dtype = "auto" takes whichever it was measured with.
+    """
+    wanted = json.loads(_key(config))
+    for key, found in reversed(_read(cache_dir).items()):
+        try:
+            have = json.loads(key)
+            pace = Pace(**{field.name: float(found[field.name]) for field in fields(Pace)})
+        except (ValueError, TypeError, KeyError):
+            continue
+        if wanted["compute_dtype"] == "auto" and isinstance(have, dict):
+            have["compute_dtype"] = "auto"
+        if have == wanted and pace.is_known:
+            return pace
+    return None
+
+
+def _key(config: RunConfig) -> str:
+    """Everything that decides how long one example takes, as JSON."""
+    local, lora = config.local, config.lora
+    found: Mapping[str, Any] = {
+        "base": str(config.base.name or config.base.path or config.base.hub_id),
+        "compute_dtype": config.base.compute_dtype,
+        "weights": [config.base.weights, config.base.accelerator],
+        "num_threads": config.simulation.num_threads or len(os.sched_getaffinity(0)),
+        "lora": [lora.lora_rank, list(lora.target_modules), lora.layers and list(lora.layers), lora.trained],
+        "data": [config.data.source, config.data.template, local.max_length],
+        "local": [local.physical_batch_size, local.detach_prefix, local.checkpointing],
+        "privacy": [config.privacy.example is not None, config.privacy.device is not None],
+    }
+    return json.dumps(found, sort_keys=True)
+
+
+def _read(cache_dir: Path) -> dict[str, Any]:
+    try:
+        known = json.loads((cache_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
