@@ -96,7 +96,9 @@ class Ledger:
             os.fsync(self._descriptor)
         except OSError as error:
             self._undo()
-            raise StateError(f"can't write the ledger {self._path}: {error.strerror}; nothing was released") from error
+            raise StateError(
+                f"can't write the ledger {self._path}: {error.strerror}; make room, nothing was released"
+            ) from error
         if written != len(data):
             self._undo()
             raise StateError(f"can't write the ledger {self._path}: the disk is full; make room, nothing was released")
