@@ -6,7 +6,6 @@ RUN/checkpoints/LATEST                                            which one is n
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from fedmini import files
 from fedmini.errors import StateError
 from fedmini.types import LedgerPosition, Participation, ServerState
 
@@ -47,13 +47,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         partial.mkdir()
         tensors = save_tensors(_tensors(checkpoint.state))
         record = json.dumps(_record(checkpoint, tensors), sort_keys=True).encode()
-        write_synced(partial / "tensors.safetensors", tensors)
-        write_synced(partial / "state.json", record)
+        files.write_synced(partial / "tensors.safetensors", tensors)
+        files.write_synced(partial / "state.json", record)
         shutil.rmtree(folder / name, ignore_errors=True)
         partial.rename(folder / name)
-        sync_folder(folder)
+        files.sync_folder(folder)
         pointer = {"name": name, "sha256": hashlib.sha256(record).hexdigest()}
-        replace_synced(folder / "LATEST", json.dumps(pointer).encode())
+        files.replace_synced(folder / "LATEST", json.dumps(pointer).encode())
     except OSError as error:
         raise StateError(
             f"can't save a checkpoint in {folder}: {error.strerror}; make room or mend the folder, then run with --resume"
@@ -79,31 +79,6 @@ def load(folder: Path) -> Checkpoint | None:
     raise StateError(
         f"every checkpoint in {folder} is damaged ({', '.join(problems)}): restore the folder from a backup"
     )
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_synced(path: Path, content: bytes) -> None:
-    """Put a file in place atomically: readers see the old content or the new, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_synced(partial, content)
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _names(folder: Path) -> list[str]:

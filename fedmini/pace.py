@@ -1,5 +1,6 @@
 """How fast this machine trains: measured while a run goes on, remembered in the cache folder, read by `fedmini plan`."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedmini import files
 from fedmini.config import RunConfig
 from fedmini.types import Manifest
 
@@ -51,14 +53,9 @@ def remember(cache_dir: Path, config: RunConfig, pace: Pace) -> None:
     known, key = _read(cache_dir), _key(config)
     known.pop(key, None)  # the newest stands last
     known[key] = asdict(pace)
-    path = cache_dir / FILE
-    partial = path.with_name(f".{FILE}-{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        files.replace_synced(cache_dir / FILE, json.dumps(known, indent=1).encode())
 
 
 def recall(cache_dir: Path, config: RunConfig) -> Pace | None:

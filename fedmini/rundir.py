@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmini.checkpoint import replace_synced
 from fedmini.config import RunConfig, dump_run_config, load_run_config
 from fedmini.errors import ConfigError, StateError
+from fedmini.files import replace_synced
 from fedmini.types import Manifest
 
 

@@ -1,9 +1,7 @@
 """An adapter's folder, as plain PEFT reads it: adapter_config.json and adapter_model.safetensors. No pickle."""
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedmini import files
 from fedmini.errors import ModelMismatchError, StateError
 from fedmini.model import frozen_draw
 from fedmini.model.adaptation import lora_config
@@ -49,8 +48,10 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
     ordered = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / TENSORS_FILE, save(ordered, metadata=header))
-        _replace(folder / CONFIG_FILE, json.dumps(described, indent=2, sort_keys=True, default=str).encode())
+        files.replace_synced(folder / TENSORS_FILE, save(ordered, metadata=header))
+        files.replace_synced(
+            folder / CONFIG_FILE, json.dumps(described, indent=2, sort_keys=True, default=str).encode()
+        )
     except OSError as error:
         raise StateError(
             f"can't write the adapter to {folder}: {error.strerror}; make room or mend the folder, then run with --resume"
@@ -155,17 +156,3 @@ def _check_tensors(folder: Path, shape: LoraShape, tensors: Mapping[str, NDArray
             drawn = frozen_draw.kaiming_uniform(shape.seed, name, (values.shape[0], values.shape[1]))
             if not np.array_equal(values, drawn):
                 raise ModelMismatchError(f"{folder}: {name} is not what the seed {shape.seed} in the header gives")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmini import files
 from fedmini.errors import ConfigError
 from fedmini.model import digests
 
@@ -135,7 +136,7 @@ def _move_into_place(partial: Path, folder: Path) -> None:
     except OSError:
         if _verified(folder) is None:  # else another process was faster, with the same content
             raise
-    _sync(folder.parent)
+    files.sync_folder(folder.parent)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -149,12 +150,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _write_atomically(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
+        files.replace_synced(path, text.encode())
     except OSError as error:
         raise ConfigError(f"can't write {path}: {error.strerror}; {_REMEDY}") from error
 

@@ -4,19 +4,19 @@ Every release is a Poisson-subsampled Gaussian at multiplier `z_eff`, composed b
 distribution on a grid of 1e-4, pessimistically. Why the integer mechanism may be read so: docs/accounting.md.
 """
 
+import contextlib
 import decimal
 import functools
 import hashlib
 import itertools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmini import files
 from fedmini.errors import ConfigError
 from fedmini.privacy import encoding, noise
 from fedmini.types import NoiseSource, PrivacyEvent, Unit, UnitPlan
@@ -254,11 +254,6 @@ def _read_cache(cache_dir: Path) -> dict[str, Any]:
 
 
 def _write_cache(cache_dir: Path, cache: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(OSError):  # a cache that can't be written is only slower
         cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix="calibration-")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(cache, file)
-        os.replace(name, cache_dir / "calibration.json")
-    except OSError:
-        return  # a cache that can't be written is only slower
+        files.replace_synced(cache_dir / "calibration.json", json.dumps(cache).encode())

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from fedmini import files
 from fedmini.errors import StateError
 from fedmini.privacy import accounting, chain
 from fedmini.privacy.chain import Line
@@ -232,7 +233,7 @@ def _open_locked(path: Path) -> int:
     """A descriptor of the ledger with its lock, for appending; its entry in the folder is on the disk already."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        _sync_folder(path)
+        files.sync_folder(path.parent)
         _lock(descriptor, path)
         if os.fstat(descriptor).st_ino != os.stat(path).st_ino:  # repaired by its owner between our two steps
             raise StateError(f"the ledger {path} is in use by another process: stop that one first")
@@ -261,7 +262,7 @@ def _replace(path: Path, content: bytes, old_descriptor: int) -> int:
                 raise StateError(f"can't repair the ledger {path}: the disk is full; make room and start again")
             os.fsync(descriptor)
             os.replace(temporary, path)
-            _sync_folder(path)
+            files.sync_folder(path.parent)
         except BaseException:
             os.close(descriptor)
             raise
@@ -269,11 +270,3 @@ def _replace(path: Path, content: bytes, old_descriptor: int) -> int:
         raise StateError(f"can't repair the ledger {path}: {error.strerror}; make room and start again") from error
     os.close(old_descriptor)
     return descriptor
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fedmini.checkpoint import replace_synced
 from fedmini.errors import StateError
+from fedmini.files import replace_synced
 from fedmini.report import facts, page, plots
 from fedmini.rundir import RunDirectory
 
