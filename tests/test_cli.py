@@ -68,13 +68,14 @@ class Shell:
         return Answer(code, said.out, said.err)
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """The same as a process of its own."""
+        """The same as a process of its own, as a terminal starts it: one started in the background ignores Ctrl-C."""
         return subprocess.Popen(
             [sys.executable, "-m", "fedmini", *arguments],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def read(self, name: str) -> bytes:
