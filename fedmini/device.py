@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from fedmini import local, metrics, vectors
 from fedmini.errors import ModelMismatchError, UpdateError
-from fedmini.local import LocalRun, Streams
+from fedmini.local import LocalRun
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import clipping, encoding, noise
+from fedmini.privacy.noise import Streams
 from fedmini.types import Contribution, DeviceId, EncodedExample, IntVector, Manifest, TrainTask
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmini.config import RunConfig
+from fedmini.privacy import accounting
 from fedmini.types import ADJACENCY, Manifest
 
 if TYPE_CHECKING:  # a plan is shown without loading torch
@@ -108,7 +109,7 @@ def _numbers(progress: "Progress", seconds_left: float | None, with_old_loss: bo
         when = "" if is_fresh else f" (round {progress.loss_round})"
         parts.append(f"loss on unseen people {progress.loss:.3f} nats/token{when}")
     for unit, epsilon in (progress.epsilon or {}).items():
-        parts.append(f"epsilon {epsilon:.2f} per {unit}")
+        parts.append(f"epsilon {accounting.rounded_up(epsilon, 2)} per {unit}")
     if seconds_left is not None and progress.round_num < progress.num_rounds:
         parts.append(f"{duration(seconds_left)} left")
     return "   ".join(parts)
@@ -178,13 +179,13 @@ def privacy_sentences(privacy: Mapping[str, Any]) -> list[str]:
     sentences = [SEEDED_BANNER] if privacy["noise_was_seeded"] else []
     for found in privacy["guarantees"]:
         sentences.append(
-            f"Privacy: epsilon {found['epsilon']:.2f} at delta {found['delta']:g} for {found['adjacency']}; "
-            f"holds against {found['holds_against']}."
+            f"Privacy: epsilon {accounting.rounded_up(found['epsilon'], 2)} at delta {found['delta']:g} "
+            f"for {found['adjacency']}; holds against {found['holds_against']}."
         )
         if "epsilon_of_a_lone_honest_device" in found:
             sentences.append(
                 f"         It rests on {found['n_honest']} honest devices in every round; if one alone were honest, "
-                f"its epsilon would be {found['epsilon_of_a_lone_honest_device']:.1f}."
+                f"its epsilon would be {accounting.rounded_up(found['epsilon_of_a_lone_honest_device'], 1)}."
             )
     return sentences
 
@@ -219,7 +220,7 @@ def _add_unit(table: Table, found: "UnitForecast") -> None:
     plan = found.plan
     table.add_row(
         f"per {plan.unit}",
-        f"epsilon {found.epsilon:.3f} at delta {plan.target_delta:g} after {found.num_releases} releases; "
+        f"epsilon {accounting.rounded_up(found.epsilon)} at delta {plan.target_delta:g} after {found.num_releases} releases; "
         f"noise multiplier {plan.noise_multiplier:.4f} (effective {plan.z_eff:.4f}), clip norm {plan.clip_norm:g}, "
         f"noise {plan.noise}",
     )
@@ -227,7 +228,8 @@ def _add_unit(table: Table, found: "UnitForecast") -> None:
     if found.epsilon_lone is not None:
         table.add_row(
             "",
-            f"rests on {plan.num_shares} honest devices in every round; a lone honest device would have {found.epsilon_lone:.1f}",
+            f"rests on {plan.num_shares} honest devices in every round; a lone honest device would have "
+            f"{accounting.rounded_up(found.epsilon_lone, 1)}",
         )
 
 

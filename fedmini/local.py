@@ -15,10 +15,8 @@ from opacus.optimizers import DPOptimizer
 from fedmini import metrics
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import clipping, encoding, noise
+from fedmini.privacy.noise import Streams
 from fedmini.types import EncodedExample, IntVector, LocalPlan, UnitPlan, Vector
-
-Streams = Callable[..., noise.RandomStream]
-"""Where randomness comes from: called with labels that say what it is for (`"rounding"`, step), it gives a stream."""
 
 
 @dataclass(frozen=True, slots=True)

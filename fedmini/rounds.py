@@ -15,6 +15,7 @@ from fedmini import metrics, sums
 from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError
 from fedmini.privacy import encoding, noise
 from fedmini.privacy.ledger import Ledger
+from fedmini.privacy.noise import Streams
 from fedmini.server_step import ServerPlan, num_asked, server_step
 from fedmini.types import (
     CohortSum,
@@ -30,7 +31,6 @@ from fedmini.types import (
     UnitPlan,
 )
 
-Streams = Callable[..., noise.RandomStream]
 OnRound = Callable[[ServerState, RoundReport], None]
 
 

@@ -56,7 +56,7 @@ def _summary(manifest: Manifest, ledger: Ledger) -> str:
     if not units:
         return NO_PRIVACY
     parts = [
-        f"epsilon = {_rounded_up(_spent(unit, ledger))} at delta = {unit.target_delta:g} for {ADJACENCY[unit.unit]}"
+        f"epsilon = {accounting.rounded_up(_spent(unit, ledger))} at delta = {unit.target_delta:g} for {ADJACENCY[unit.unit]}"
         for unit in units
     ]
     text = "; and, as a separate guarantee, ".join(parts) + "."
@@ -65,11 +65,6 @@ def _summary(manifest: Manifest, ledger: Ledger) -> str:
 
 def _spent(unit: UnitPlan, ledger: Ledger) -> float:
     return ledger.epsilon(unit.unit, unit.target_delta)
-
-
-def _rounded_up(epsilon: float) -> str:
-    """Three decimals, never less than was spent."""
-    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}" if math.isfinite(epsilon) else "infinity"
 
 
 def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, Any]:

@@ -354,3 +354,10 @@ def test_a_cold_calibration_takes_less_than_five_seconds_of_processor_time():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(answer.stdout) < 5.0
+
+
+def test_an_epsilon_that_is_shown_is_never_less_than_it_is() -> None:
+    assert accounting.rounded_up(3.9412, 2) == "3.95"
+    assert accounting.rounded_up(2.0, 2) == "2.00"
+    assert accounting.rounded_up(7.9990001) == "8.000"
+    assert accounting.rounded_up(math.inf) == "infinity"

@@ -125,6 +125,14 @@ def epsilon(event: PrivacyEvent, count: int, target_delta: float) -> float:
     return compose([(event, count)], target_delta)
 
 
+def rounded_up(value: float, digits: int = 3) -> str:
+    """An epsilon as it may be shown: so many decimals, and never less than it is."""
+    if not math.isfinite(value):
+        return "infinity"
+    unit = 10**digits
+    return f"{math.ceil(value * unit - 1e-6) / unit:.{digits}f}"
+
+
 def compose(events: Sequence[tuple[PrivacyEvent, int]], target_delta: float) -> float:
     """What a mixture of releases costs the one unit that was in all of them: an upper bound, never negative.
 

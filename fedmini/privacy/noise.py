@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -104,6 +105,10 @@ class RandomStream:
         threshold = math.floor(math.ldexp(sampling_rate, 64))
         sampled = np.ones(words.shape, np.bool_) if threshold == 2**64 else words < np.uint64(threshold)
         return np.flatnonzero(sampled).astype(np.int64)
+
+
+Streams = Callable[..., RandomStream]
+"""Where randomness comes from: called with labels that say what it is for (`"rounding"`, step), it gives a stream."""
 
 
 def discrete_gaussian(variance: int, size: int, stream: RandomStream) -> IntVector:

@@ -19,7 +19,6 @@ from fedmini.simulation.setup import Setup, base_name
 from fedmini.types import (
     CohortSum,
     DeviceId,
-    LedgerPosition,
     Manifest,
     Residues,
     Roster,
@@ -27,8 +26,6 @@ from fedmini.types import (
     ServerState,
     TrainTask,
 )
-
-FIRST_HASH = "0" * 64  # of a ledger without a line
 
 
 def starting_point(setup: Setup, directory: RunDirectory, ledger: Ledger) -> tuple[ServerState, list[dict[str, Any]]]:
@@ -40,10 +37,7 @@ def starting_point(setup: Setup, directory: RunDirectory, ledger: Ledger) -> tup
                 f"{directory.path} has trained before, but its checkpoints are gone: bring {directory.checkpoints} back, "
                 "or begin anew in another --output"
             )
-        return (
-            ServerState(0, setup.model.initial_adapter(), 0, None, None, {}, LedgerPosition(0, FIRST_HASH)),
-            [],
-        )
+        return ServerState(0, setup.model.initial_adapter(), 0, None, None, {}, ledger.position), []
     if found.manifest_hash != setup.run.manifest.hash:
         raise StateError(f"{directory.checkpoints} belongs to another run than {directory.manifest}")
     ledger.verify(found.state.ledger)

@@ -16,10 +16,9 @@ from fedmini import data, planning, rounds, rundir
 from fedmini.config import RunConfig
 from fedmini.device import Device
 from fedmini.errors import ConfigError, StateError
-from fedmini.local import Streams
 from fedmini.model import loading, runtime
 from fedmini.model.lora import LoraModel
-from fedmini.privacy.noise import RandomStream
+from fedmini.privacy.noise import RandomStream, Streams
 from fedmini.rundir import RunDirectory
 from fedmini.simulation.progress import Progress
 from fedmini.types import DeviceId, EncodedExample, Manifest
