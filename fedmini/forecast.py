@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from fedmini.config import RunConfig
 from fedmini.planning import num_releases
 from fedmini.privacy import accounting, encoding
-from fedmini.rounds import event_of
 from fedmini.sums import download_bytes, mean_denominator, noise_std_of_sum, upload_bytes
 from fedmini.types import Manifest, UnitPlan
 
@@ -91,7 +90,7 @@ def _rank_needed(manifest: Manifest, ratio: float) -> int | None:
 
 
 def _unit_forecast(unit: UnitPlan, manifest: Manifest, config: RunConfig) -> UnitForecast:
-    event = event_of(unit, manifest)
+    event = accounting.event_of(unit, manifest)
     releases = num_releases(config)
     lone = None
     if unit.noise == "shared" and unit.num_shares > 1:

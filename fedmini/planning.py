@@ -177,6 +177,7 @@ def _release_plan(
         modulus_bits=bits,
         num_metrics=num_metrics,
         cohort_size=rounds.cohort_size,
+        max_devices=most_asked,
         min_survivors=rounds.min_survivors or rounds.cohort_size,
         n_honest=_n_honest(config),
         max_participations=rounds.max_participations or rounds.num_rounds,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedmini import metrics, sums
 from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError
-from fedmini.privacy import encoding, noise
+from fedmini.privacy import accounting, encoding, noise
 from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import Streams
 from fedmini.server_step import ServerPlan, num_asked, server_step
@@ -22,13 +22,11 @@ from fedmini.types import (
     DeviceId,
     Manifest,
     Participation,
-    PrivacyEvent,
     Roster,
     RoundReport,
     ServerState,
     SumCohort,
     TrainTask,
-    UnitPlan,
 )
 
 OnRound = Callable[[ServerState, RoundReport], None]
@@ -171,25 +169,12 @@ def _may_take_part(state: ServerState, device: DeviceId, max_participations: int
     return past.count < max_participations and state.round_num + 1 - past.last_round >= min_separation
 
 
-def event_of(unit: UnitPlan, manifest: Manifest) -> PrivacyEvent:
-    """What one round's release costs one unit, as the accountant is told."""
-    is_example = unit.unit == "example"
-    return PrivacyEvent(
-        unit=unit.unit,
-        noise=unit.noise,
-        z_eff=unit.z_eff,
-        sampling_rate=manifest.local.sampling_rate if is_example else 1.0,
-        num_steps=manifest.local.num_steps if is_example else 1,
-        clip_norm=unit.clip_norm,
-    )
-
-
 def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None:
     """Write what this attempt costs, before any contribution is asked for; refuse where it would pass the budget."""
     manifest = run.manifest
     if not manifest.release.units:
         return
-    events = [event_of(unit, manifest) for unit in manifest.release.units]
+    events = [accounting.event_of(unit, manifest) for unit in manifest.release.units]
     abandoned = max(0, ledger.num_debits - state.round_num)  # debited, never committed: everybody may have been in them
     counts = (state.participations[device].count for device in roster.devices if device in state.participations)
     participation = max(counts, default=0) + abandoned + 1

@@ -6,7 +6,6 @@ from typing import Any
 
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.ledger import Ledger
-from fedmini.rounds import event_of
 from fedmini.types import ADJACENCY, Manifest, UnitPlan
 
 NOT_COVERED = (
@@ -68,7 +67,7 @@ def _spent(unit: UnitPlan, ledger: Ledger) -> float:
 
 
 def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
-    event = event_of(unit, manifest)
+    event = accounting.event_of(unit, manifest)
     release = manifest.release
     found: dict[str, Any] = {
         "unit": unit.unit,

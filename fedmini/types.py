@@ -95,6 +95,7 @@ class ReleasePlan:
     modulus_bits: int
     num_metrics: int  # bounded metric coordinates behind the adapter's, 0 where nothing would noise them
     cohort_size: int
+    max_devices: int  # in one round: what the modulus has room for
     min_survivors: int
     n_honest: int
     max_participations: int

@@ -164,7 +164,7 @@ def rounds_epsilon(run: rounds.Run, count: int) -> float:
     from fedmini.privacy import accounting
 
     unit = run.manifest.release.units[0]
-    return accounting.epsilon(rounds.event_of(unit, run.manifest), count, unit.target_delta)
+    return accounting.epsilon(accounting.event_of(unit, run.manifest), count, unit.target_delta)
 
 
 def test_without_a_spare_attempt_a_lost_cohort_ends_the_run_and_says_what_to_change(ledger: Ledger) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmini import planning, rounds, statement
+from fedmini import planning, statement
+from fedmini.privacy import accounting
 from fedmini.privacy.ledger import Ledger
 from fedmini.types import Manifest, Roster
 from tests import tiny_run
@@ -28,7 +29,7 @@ def a_manifest(tmp_path: Path, noise_multiplier: float) -> Manifest:
 
 
 def release(manifest: Manifest, ledger: Ledger, round_num: int, seeded: bool = False) -> None:
-    events = [rounds.event_of(unit, manifest) for unit in manifest.release.units]
+    events = [accounting.event_of(unit, manifest) for unit in manifest.release.units]
     ledger.debit(Roster("run", round_num, 0, ("a", "b")), events, round_num, seeded)
 
 

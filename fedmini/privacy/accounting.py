@@ -19,7 +19,7 @@ from typing import Any
 from fedmini import files
 from fedmini.errors import ConfigError
 from fedmini.privacy import encoding, noise
-from fedmini.types import NoiseSource, PrivacyEvent, Unit, UnitPlan
+from fedmini.types import Manifest, NoiseSource, PrivacyEvent, Unit, UnitPlan
 
 Mixture = tuple[tuple[float, float, int], ...]  # (z_eff, sampling_rate, how often)
 
@@ -117,6 +117,19 @@ def plan_unit(request: UnitRequest) -> UnitPlan:
         num_shares=request.num_shares,
         z_eff=z_eff,
         target_delta=request.target_delta,
+    )
+
+
+def event_of(unit: UnitPlan, manifest: Manifest) -> PrivacyEvent:
+    """What one round's release costs one unit, as the accountant is told."""
+    is_example = unit.unit == "example"
+    return PrivacyEvent(
+        unit=unit.unit,
+        noise=unit.noise,
+        z_eff=unit.z_eff,
+        sampling_rate=manifest.local.sampling_rate if is_example else 1.0,
+        num_steps=manifest.local.num_steps if is_example else 1,
+        clip_norm=unit.clip_norm,
     )
 
 
