@@ -181,6 +181,7 @@ def _release_plan(
         min_survivors=rounds.min_survivors or rounds.cohort_size,
         n_honest=_n_honest(config),
         max_participations=rounds.max_participations or rounds.num_rounds,
+        max_releases=num_releases(config),
         min_separation=rounds.min_separation,
     )
 

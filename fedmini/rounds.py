@@ -66,7 +66,7 @@ def run_round(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledge
             if _num_lost(state, run, ledger, attempt) > run.server.spare_attempts:
                 raise CohortError(
                     f"round {round_num}: {error}, and no spare attempt is left; "
-                    "raise rounds.over_selection or rounds.spare_attempts (what was debited stays spent)"
+                    "raise rounds.over_selection or rounds.spare_attempts"
                 ) from error
             attempt += 1
 
@@ -97,16 +97,21 @@ def _attempt(
 
     def debit(roster: Roster) -> None:
         if rosters:
-            raise CohortError(f"round {round_num}: the roster was fixed twice")
+            raise ProtocolError(f"round {round_num}: the roster was fixed twice")
         _check_roster(roster, task, run, chosen)
         if len(roster.devices) < release.min_survivors:
             raise CohortError(
-                f"round {round_num}: {len(roster.devices)} devices came, {release.min_survivors} are needed; nothing was spent"
+                f"{len(roster.devices)} devices came, {release.min_survivors} are needed; nothing was spent"
             )
         _debit(roster, state, run, ledger)
         rosters.append(roster)
 
-    cohort = sum_cohort(chosen, task, debit)
+    try:
+        cohort = sum_cohort(chosen, task, debit)
+    except CohortError as error:
+        if rosters:
+            raise _LostCohortError(str(error)) from error
+        raise CohortError(f"round {round_num}: {error}") from error
     if not rosters:
         raise CohortError(f"round {round_num}: a sum came, but no roster was ever fixed")
     if cohort.num_devices > len(rosters[0].devices):
@@ -114,7 +119,9 @@ def _attempt(
             f"round {round_num}: a sum of {cohort.num_devices} devices came, {len(rosters[0].devices)} on the roster"
         )
     if cohort.num_devices < release.min_survivors:
-        raise _LostCohortError(f"{cohort.num_devices} devices were left, {release.min_survivors} are needed")
+        raise _LostCohortError(
+            f"{cohort.num_devices} devices were left, {release.min_survivors} are needed; what was debited stays spent"
+        )
     total = _noised_by_server(cohort, run, round_num, attempt)
     mean = total[: manifest.num_coordinates - release.num_metrics] / sums.mean_denominator(manifest)
     new_state = replace(

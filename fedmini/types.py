@@ -99,6 +99,7 @@ class ReleasePlan:
     min_survivors: int
     n_honest: int
     max_participations: int
+    max_releases: int  # of one device: its participations, and the attempts that may be lost
     min_separation: int
 
     @property

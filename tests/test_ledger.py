@@ -1,9 +1,7 @@
 import errno
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from fedmini.privacy import accounting
 from fedmini.privacy.chain import GENESIS
 from fedmini.privacy.ledger import Ledger, read_ledger
 from fedmini.types import LedgerPosition, PrivacyEvent, Roster
+from tests import ledger_faults
 
 DEVICE = PrivacyEvent("device", "shared", 3.0, 1.0, 1, 0.5)
 EXAMPLE = PrivacyEvent("example", "local", 5.0, 0.5, 1, 0.25)
@@ -265,8 +264,7 @@ def test_twin_without_the_checks_a_changed_number_in_the_last_line_would_lower_e
         Ledger.open(path, "run")
 
 
-APPEND_FOREVER = """
-import sys
+APPEND_FOREVER = f"""{ledger_faults.ACKNOWLEDGE}
 from pathlib import Path
 from fedmini.privacy.ledger import Ledger
 from fedmini.types import PrivacyEvent, Roster
@@ -276,54 +274,46 @@ with Ledger.open(Path(sys.argv[1]), "run") as ledger:
     while True:
         round_num += 1
         ledger.debit(Roster("run", round_num, 0, ("ann",)), [event], round_num, seeded=False)
-        sys.stdout.write(f"{round_num}\\n")
-        sys.stdout.flush()
+        acknowledge(round_num)
 """
 
 
 def test_a_kill_in_the_middle_of_appends_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    acknowledged = 0
-    for wait_s in (0.0, 0.003, 0.011, 0.02):
-        with subprocess.Popen([sys.executable, "-c", APPEND_FOREVER, str(path)], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(wait_s)  # the moment of the kill, not a wait for anything
-            os.kill(process.pid, signal.SIGKILL)
-            heard = process.stdout.read().split(b"\n")[:-1]
-        acknowledged = max(int(heard[-1]) if heard else 0, acknowledged + 1)
+    num_before = 0
+    for kill_after_s in ledger_faults.KILL_AFTER_S:
+        acknowledged = ledger_faults.last_acknowledged(APPEND_FOREVER, path, kill_after_s)
+        assert acknowledged > num_before
         with Ledger.open(path, "run") as ledger:
             assert ledger.num_debits >= acknowledged
             assert ledger.max_participation("device") >= acknowledged
-            acknowledged = ledger.num_debits
+            num_before = ledger.num_debits
 
 
-FILL_THE_DISK = """
-import resource, sys
+FILL_THE_DISK = f"""{ledger_faults.LEAVE_ROOM}
+import sys
 from pathlib import Path
 from fedmini.privacy.ledger import Ledger
 from fedmini.types import PrivacyEvent, Roster
 event = PrivacyEvent("device", "shared", 3.0, 1.0, 1, 0.5)
-with Ledger.open(Path(sys.argv[1]), "run") as ledger:
+path = Path(sys.argv[1])
+with Ledger.open(path, "run") as ledger:
     ledger.debit(Roster("run", 1, 0, ("ann",)), [event], 1, seeded=False)
-    size = Path(sys.argv[1]).stat().st_size
+    size = path.stat().st_size
     for room in (0, 1, 200):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, resource.RLIM_INFINITY))
+        leave_room(path, room)
         try:
             ledger.debit(Roster("run", 2, 0, ("ann",)), [event], 2, seeded=False)
         except Exception as error:
-            print(type(error).__name__, ledger.num_debits, Path(sys.argv[1]).stat().st_size == size)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            print(type(error).__name__, ledger.num_debits, path.stat().st_size == size)
+    leave_room(path, None)
     ledger.debit(Roster("run", 2, 0, ("ann",)), [event], 2, seeded=False)
 """
 
 
 def test_a_full_disk_refuses_the_debit_loses_nothing_and_recovers_with_space(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    answer = subprocess.run(
-        [sys.executable, "-c", FILL_THE_DISK, str(path)], capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.splitlines() == ["StateError 1 True"] * 3
+    assert ledger_faults.output_of(FILL_THE_DISK, path) == ["StateError 1 True"] * 3
     with Ledger.open(path, "run") as ledger:
         assert ledger.num_debits == 2
 

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import pickle
@@ -101,6 +102,39 @@ def test_draws_agree_with_an_independent_exact_implementation(variance):
     edges = np.unique(np.quantile(ours, np.linspace(0, 1, 17)[1:-1]))
     table = np.stack([np.bincount(np.digitize(x, edges), minlength=edges.size + 1) for x in (ours, theirs)])
     assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+@functools.cache
+def opendp_discrete_gaussian(variance: int) -> np.ndarray:
+    """OpenDP's sampler, on the operating system's randomness: it takes no seed."""
+    import opendp.prelude as dp
+
+    dp.enable_features("contrib")
+    space = dp.vector_domain(dp.atom_domain(T=dp.i64)), dp.l2_distance(T=dp.f64)
+    return np.array(dp.m.make_gaussian(*space, scale=math.sqrt(variance))([0] * 50_000))
+
+
+def same_law_p_value(first: np.ndarray, second: np.ndarray, num_bins: int = 16) -> float:
+    """A two-sample chi-square's, in bins that hold about equally many of both together."""
+    edges = np.unique(np.quantile(np.concatenate([first, second]), np.linspace(0, 1, num_bins + 1)[1:-1]))
+    table = [np.bincount(np.digitize(draws, edges), minlength=edges.size + 1) for draws in (first, second)]
+    return float(stats.chi2_contingency(table, correction=False).pvalue)
+
+
+# OpenDP draws anew in every run: so rarely is a comparison wrong by chance, and so rarely misses a tenth of the variance.
+OPENDP_FALSE_ALARM = 1e-7
+
+
+@pytest.mark.parametrize("variance", [20, 300, 2556**2])
+def test_draws_agree_with_the_sampler_of_opendp(variance):
+    ours = discrete_gaussian(variance, 400_000, RandomStream.seeded(variance, "opendp"))
+    assert same_law_p_value(ours, opendp_discrete_gaussian(variance)) > OPENDP_FALSE_ALARM
+
+
+@pytest.mark.parametrize("variance", [20, 300, 2556**2])
+def test_the_comparison_with_opendp_catches_a_variance_that_is_ten_percent_off(variance):
+    ours = discrete_gaussian(variance * 11 // 10, 400_000, RandomStream.seeded(variance, "opendp"))
+    assert same_law_p_value(ours, opendp_discrete_gaussian(variance)) < OPENDP_FALSE_ALARM
 
 
 @pytest.mark.parametrize("variance", [1, 300, 2556**2, noise.MAX_VARIANCE])

@@ -89,7 +89,7 @@ def make_manifest(story: Story) -> Manifest:
     plans = {unit: UnitPlan(unit, "shared", 1.0, 0.6, 8192.0, 10**6, 18, 0.5987654321, 1e-5) for unit in story.units}
     release = ReleasePlan(
         plans.get("example"), plans.get("device"), 1.0, 8192.0, 24, 4, cohort_size=24, max_devices=24,
-        min_survivors=20, n_honest=18, max_participations=5, min_separation=1,
+        min_survivors=20, n_honest=18, max_participations=5, max_releases=5, min_separation=1,
     )  # fmt: skip
     shape = LoraShape(4, 8.0, ("v_proj", "o_proj"), None, "B", 0)
     local = LocalPlan(1, 0.1, 20.0, 1.0, "sgd", 96, detach_prefix=False)

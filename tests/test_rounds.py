@@ -129,7 +129,7 @@ def test_the_roster_is_fixed_once(ledger: Ledger) -> None:
             debit(Roster("test-run", task.round_num, task.attempt, tuple(sorted(chosen))))
         raise AssertionError("a second roster was accepted")
 
-    with pytest.raises(CohortError, match="fixed twice"):
+    with pytest.raises(ProtocolError, match="fixed twice"):
         rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
 
 

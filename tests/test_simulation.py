@@ -178,7 +178,9 @@ def test_killed_with_sigkill_at_any_moment_and_resumed_the_bits_are_the_same(tmp
         patience = draw.uniform(0.05, 1.0) * whole_seconds * (1 + num_kills / 10)
         finished = _run_and_die(tmp_path, config, begun, patience)
         num_kills += not finished
-    assert num_kills >= 1
+        if finished and num_kills == 0:  # the machine got faster: once more, with less patience
+            shutil.rmtree(tmp_path / "run")
+            finished, whole_seconds = False, whole_seconds / 2
     assert adapter_bytes(tmp_path) == adapter_bytes(tmp_path, "whole")
     found = read_ledger(tmp_path / "run" / "ledger.jsonl")
     expected = read_ledger(tmp_path / "whole" / "ledger.jsonl")

@@ -161,6 +161,7 @@ class EvaluationSection(Section):
 
 class SimulationSection(Section):
     num_threads: Annotated[int, Field(ge=0)] = 0  # 0: one for each core this process may use
+    secure: bool = False  # form every sum by secure aggregation, all of it in this process: same bits, more time
 
 
 class RunConfig(Section):

@@ -1,16 +1,19 @@
-"""A run's TOML file, read and written. Unknown keys are errors that name the key and the nearest valid one."""
+"""A run's and a device's TOML file, read and written. Unknown keys are errors that name the key and the nearest valid one."""
 
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import ValidationError
 
+from fedmini.config.device_sections import DeviceConfig
 from fedmini.config.sections import RunConfig, Section
 from fedmini.errors import ConfigError
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -19,6 +22,30 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     A relative file name inside it (data, base, evaluation) is taken from the file's own folder.
     Raises ConfigError, in one line.
     """
+    return _absolute_paths(parse_run_config(_read(path, overrides), str(path)), path.parent.resolve())
+
+
+def parse_run_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
+    """A RunConfig from a mapping. Raises ConfigError that names every wrong key, and the nearest valid one."""
+    return _parse(RunConfig, values, origin)
+
+
+def load_device_config(path: Path, overrides: Sequence[str] = ()) -> DeviceConfig:
+    """Read a device's TOML file, with `section.key=value` overrides applied on top. Raises ConfigError, in one line."""
+    return parse_device_config(_read(path, overrides), str(path))
+
+
+def parse_device_config(values: Mapping[str, Any], origin: str = "config") -> DeviceConfig:
+    """A DeviceConfig from a mapping. Raises ConfigError that names every wrong key, and the nearest valid one."""
+    return _parse(DeviceConfig, values, origin)
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """The whole configuration as TOML, defaults included, such that `load_run_config` gives it back."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -31,20 +58,15 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
-    return _absolute_paths(parse_run_config(values, str(path)), path.parent.resolve())
+    return values
 
 
-def parse_run_config(values: Mapping[str, Any], origin: str = "config") -> RunConfig:
-    """A RunConfig from a mapping. Raises ConfigError that names every wrong key, and the nearest valid one."""
+def _parse(whole: type[AnySection], values: Mapping[str, Any], origin: str) -> AnySection:
     try:
-        return RunConfig.model_validate(values)
+        return whole.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}") from error
-
-
-def dump_run_config(config: RunConfig) -> str:
-    """The whole configuration as TOML, defaults included, such that `load_run_config` gives it back."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+        problems = "; ".join(_explain(problem, whole) for problem in error.errors())
+        raise ConfigError(f"{origin}: {problems}") from error
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -84,11 +106,11 @@ def _absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     )
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, whole: type[Section]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
+            known = _known_keys(problem["loc"][:-1], whole)
             nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
             return f"unknown key {where}: {hint}"
@@ -103,8 +125,8 @@ def _explain(problem: Any) -> str:
             return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{shown}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = RunConfig
+def _known_keys(location: tuple[int | str, ...], whole: type[Section]) -> list[str]:
+    section: Any = whole
     for part in location:
         candidates = [section.model_fields[str(part)].annotation]
         candidates += getattr(candidates[0], "__args__", ())

@@ -1,29 +1,41 @@
-"""The ledger's lines as bytes: hash-chained JSON, where a changed byte anywhere is refused.
+"""A ledger's lines as bytes: hash-chained JSON, where a changed byte anywhere is refused.
 
 A line's `prev` is the SHA-256 of the line before (64 zeros for the first), its `check` that of its own other fields.
-What a chain can't show is that its end is missing: `Ledger.verify` compares it with what a checkpoint remembers.
+What a chain can't show is that its end is missing: `ChainFile.verify` compares it with what a checkpoint remembers.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmini.errors import StateError
-from fedmini.types import LedgerPosition
+from fedmini.types import ADJACENCY, LedgerPosition, PrivacyEvent
 
 Line = dict[str, Any]
 
 GENESIS = "0" * 64
 LINK = ("seq", "prev")
-CONTENT = (
-    *("run_id", "round", "attempt", "state", "roster_hash", "unit", "noise", "adjacency", "z_eff", "sampling_rate"),
-    *("num_steps", "clip_norm", "participation", "seeded"),
+EVENT = ("unit", "noise", "adjacency", "z_eff", "sampling_rate", "num_steps", "clip_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class LineFormat:
+    """What the lines of one kind of ledger hold, beside what links them: a state and an event are always there."""
+
+    content: tuple[str, ...]  # in their order in the file
+    remedy: str  # what to do where so little is left that nobody knows what was spent
+
+
+RUN_LINES = LineFormat(
+    ("run_id", "round", "attempt", "state", "roster_hash", *EVENT, "participation", "seeded"),
+    "start a new run",
 )
 
 
-def parse(content: bytes, path: Path) -> list[Line]:
+def parse(content: bytes, path: Path, line_format: LineFormat = RUN_LINES) -> list[Line]:
     """The verified lines of a ledger; those of a cut end come back as RECOVERED.
 
     An end without a newline that isn't a whole line counts as spent: each unit's last event once more. Where no whole
@@ -35,14 +47,40 @@ def parse(content: bytes, path: Path) -> list[Line]:
         tail = b""
     lines: list[Line] = []
     for raw in whole:
-        lines.append(_decode(raw, position(lines, len(lines)), path))
+        lines.append(_decode(raw, position(lines, len(lines)), path, line_format))
     if tail and not lines:
-        raise StateError(f"{path}: line 1 is cut and no line is before it: what was spent is unknown, start a new run")
+        raise StateError(
+            f"{path}: line 1 is cut and no line is before it: what was spent is unknown, {line_format.remedy}"
+        )
     if tail:
-        last_by_unit = {line["unit"]: line for line in lines}
-        lost = [{key: line[key] for key in CONTENT} for line in last_by_unit.values()]
-        lines += link(lines, [{**line, "state": "RECOVERED"} for line in lost])
+        lines += link(lines, lost_entries(lines, line_format))
     return lines
+
+
+def lost_entries(lines: Sequence[Line], line_format: LineFormat) -> list[Line]:
+    """What a cut end is taken for: the last event of each unit once more, marked RECOVERED."""
+    last_by_unit = {line["unit"]: line for line in lines}
+    return [{**{key: line[key] for key in line_format.content}, "state": "RECOVERED"} for line in last_by_unit.values()]
+
+
+def entry_of(event: PrivacyEvent) -> Line:
+    """An event's part of an entry, in the order of EVENT."""
+    return {
+        "unit": event.unit,
+        "noise": event.noise,
+        "adjacency": ADJACENCY[event.unit],
+        "z_eff": event.z_eff,
+        "sampling_rate": event.sampling_rate,
+        "num_steps": event.num_steps,
+        "clip_norm": event.clip_norm,
+    }
+
+
+def event_of(line: Line) -> PrivacyEvent:
+    """The event that a line wrote down."""
+    return PrivacyEvent(
+        line["unit"], line["noise"], line["z_eff"], line["sampling_rate"], line["num_steps"], line["clip_norm"]
+    )
 
 
 def link(lines: Sequence[Line], entries: Sequence[Line]) -> list[Line]:
@@ -66,11 +104,11 @@ def position(lines: Sequence[Line], seq: int) -> LedgerPosition:
     return LedgerPosition(seq, hashlib.sha256(_encode_line(lines[seq - 1])).hexdigest() if seq > 0 else GENESIS)
 
 
-def _decode(raw: bytes, before: LedgerPosition, path: Path) -> Line:
+def _decode(raw: bytes, before: LedgerPosition, path: Path, line_format: LineFormat) -> Line:
     try:
         line = json.loads(raw)
         intact = (
-            tuple(line) == (*LINK, *CONTENT, "check")
+            tuple(line) == (*LINK, *line_format.content, "check")
             and line["check"] == _check(line)
             and _encode_line(line) == raw
             and (line["seq"], line["prev"]) == (before.seq + 1, before.hash)
@@ -89,4 +127,4 @@ def _encode_line(line: Line) -> bytes:
 
 
 def _check(line: Line) -> str:
-    return hashlib.sha256(_encode_line({key: line[key] for key in (*LINK, *CONTENT)})).hexdigest()
+    return hashlib.sha256(_encode_line({key: value for key, value in line.items() if key != "check"})).hexdigest()

@@ -8,17 +8,15 @@ once for each RECOVERED line; where a unit's lines hold different events, all li
 been in every release.
 """
 
-import fcntl
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from fedmini import files
 from fedmini.errors import StateError
 from fedmini.privacy import accounting, chain
 from fedmini.privacy.chain import Line
-from fedmini.types import ADJACENCY, LedgerPosition, PrivacyEvent, Roster, Unit
+from fedmini.privacy.chain_file import ChainFile
+from fedmini.types import LedgerPosition, PrivacyEvent, Roster, Unit
 
 
 class Ledger:
@@ -28,12 +26,9 @@ class Ledger:
     nothing before is lost.
     """
 
-    def __init__(self, path: Path, run_id: str, descriptor: int, lines: Sequence[Line]) -> None:
-        self._path = path
+    def __init__(self, file: ChainFile, run_id: str) -> None:
+        self._file = file
         self._run_id = run_id
-        self._descriptor = descriptor
-        self._lines = list(lines)
-        self._size_bytes = len(chain.encode(lines))
 
     @classmethod
     def open(cls, path: Path, run_id: str) -> Self:
@@ -42,24 +37,15 @@ class Ledger:
         Raises StateError where another process has it open, it belongs to another run, or it was damaged; a cut last
         line is replaced by RECOVERED lines, atomically.
         """
-        try:
-            descriptor = _open_locked(path)
-        except OSError as error:
-            raise StateError(f"can't open the ledger {path}: {error.strerror}") from error
-        try:
-            content = path.read_bytes()
-            lines = chain.parse(content, path)
+
+        def check_run(lines: Sequence[Line]) -> None:
             for line in lines:
                 if line["run_id"] != run_id:
                     raise StateError(
                         f"{path} is the ledger of run {line['run_id']!r}, expected {run_id!r}: use its own folder"
                     )
-            if chain.encode(lines) != content:
-                descriptor = _replace(path, chain.encode(lines), descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return cls(path, run_id, descriptor, lines)
+
+        return cls(ChainFile.open(path, chain.RUN_LINES, check_run), run_id)
 
     def debit(self, roster: Roster, events: Sequence[PrivacyEvent], participation: int, seeded: bool) -> None:
         """Write down a release, one line for each event, before any contribution to it is asked for.
@@ -85,46 +71,16 @@ class Ledger:
         if missing and counted < 1:
             raise StateError(f"a debit's participation counts the release itself: expected 1 or more, got {counted}")
         if missing:
-            self._append([{**entry, "participation": counted} for entry in missing])
-
-    def _append(self, entries: Sequence[Line]) -> None:
-        if self._descriptor < 0:
-            raise StateError(f"the ledger {self._path} is closed, or could not be kept whole: open it again")
-        lines = chain.link(self._lines, entries)
-        data = chain.encode(lines)
-        try:
-            written = os.write(self._descriptor, data)
-            os.fsync(self._descriptor)
-        except OSError as error:
-            self._undo()
-            raise StateError(
-                f"can't write the ledger {self._path}: {error.strerror}; make room, nothing was released"
-            ) from error
-        if written != len(data):
-            self._undo()
-            raise StateError(f"can't write the ledger {self._path}: the disk is full; make room, nothing was released")
-        self._lines += lines
-        self._size_bytes += written
-
-    def _undo(self) -> None:
-        try:
-            os.ftruncate(self._descriptor, self._size_bytes)
-            os.fsync(self._descriptor)
-        except OSError:
-            self.close()  # what is on the disk is unknown: only a verification from the start may go on
+            self._file.append([{**entry, "participation": counted} for entry in missing])
 
     @property
     def position(self) -> LedgerPosition:
         """Where the ledger stands: to be saved with the weights that its debits paid for."""
-        return chain.position(self._lines, len(self._lines))
+        return self._file.position
 
     def verify(self, position: LedgerPosition) -> None:
         """Raise StateError where the ledger doesn't contain what a checkpoint has seen of it."""
-        if position.seq > len(self._lines) or chain.position(self._lines, position.seq) != position:
-            raise StateError(
-                f"{self._path} has {len(self._lines)} lines and doesn't contain line {position.seq} as the checkpoint "
-                "knows it; restored from a backup? Bring the newest ledger back, releases are missing in this one"
-            )
+        self._file.verify(position)
 
     @property
     def num_debits(self) -> int:
@@ -147,23 +103,23 @@ class Ledger:
     @property
     def was_seeded(self) -> bool:
         """Whether any release drew its randomness from a seed, and so protected nobody."""
-        return any(line["seeded"] for line in self._lines)
+        return any(line["seeded"] for line in self._file.lines)
 
     def max_participation(self, unit: Unit) -> int:
         """How many of the unit's releases one device can have been part of, as `epsilon` counts them."""
-        return sum(count for _, count in _composition(self._lines, unit))
+        return sum(count for _, count in _composition(self._file.lines, unit))
 
     def epsilon(self, unit: Unit, target_delta: float) -> float:
         """What the unit's releases have cost the worst device so far."""
-        return accounting.compose(_composition(self._lines, unit), target_delta)
+        return accounting.compose(_composition(self._file.lines, unit), target_delta)
 
     def epsilon_after(self, event: PrivacyEvent, participation: int, target_delta: float) -> float:
         """What `epsilon` of the event's unit would be after one more debit."""
         entry = _entry(Roster(self._run_id, 0, 0, ()), event, participation, seeded=False)
-        return accounting.compose(_composition([*self._lines, entry], event.unit), target_delta)
+        return accounting.compose(_composition([*self._file.lines, entry], event.unit), target_delta)
 
     def _debits(self) -> list[Line]:
-        return [line for line in self._lines if line["state"] == "DEBITED"]
+        return [line for line in self._file.lines if line["state"] == "DEBITED"]
 
     def __enter__(self) -> Self:
         return self
@@ -173,9 +129,7 @@ class Ledger:
 
     def close(self) -> None:
         """Release the lock. Closing twice is fine."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
 
 def read_ledger(path: Path) -> list[Line]:
@@ -193,20 +147,14 @@ def _entry(roster: Roster, event: PrivacyEvent, participation: int, seeded: bool
         "attempt": roster.attempt,
         "state": "DEBITED",
         "roster_hash": roster.hash,
-        "unit": event.unit,
-        "noise": event.noise,
-        "adjacency": ADJACENCY[event.unit],
-        "z_eff": event.z_eff,
-        "sampling_rate": event.sampling_rate,
-        "num_steps": event.num_steps,
-        "clip_norm": event.clip_norm,
+        **chain.entry_of(event),
         "participation": participation,
         "seeded": seeded,
     }
 
 
 def _same_release(known: Sequence[Line], entries: Sequence[Line]) -> bool:
-    same = [key for key in chain.CONTENT if key != "participation"]
+    same = [key for key in chain.RUN_LINES.content if key != "participation"]
     pairs = zip(known, entries, strict=False)
     return len(known) <= len(entries) and all(line[key] == entry[key] for line, entry in pairs for key in same)
 
@@ -216,10 +164,7 @@ def _composition(lines: Sequence[Line], unit: Unit) -> list[tuple[PrivacyEvent, 
     by_event: dict[PrivacyEvent, list[Line]] = {}
     for line in lines:
         if line["unit"] == unit:
-            event = PrivacyEvent(
-                unit, line["noise"], line["z_eff"], line["sampling_rate"], line["num_steps"], line["clip_norm"]
-            )
-            by_event.setdefault(event, []).append(line)
+            by_event.setdefault(chain.event_of(line), []).append(line)
     return [(event, _count(group, alone=len(by_event) == 1)) for event, group in by_event.items()]
 
 
@@ -227,46 +172,3 @@ def _count(lines: Sequence[Line], *, alone: bool) -> int:
     num_recovered = sum(line["state"] == "RECOVERED" for line in lines)
     most: int = max((line["participation"] for line in lines if line["state"] == "DEBITED"), default=0) + num_recovered
     return most if alone else max(most, len(lines))
-
-
-def _open_locked(path: Path) -> int:
-    """A descriptor of the ledger with its lock, for appending; its entry in the folder is on the disk already."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        files.sync_folder(path.parent)
-        _lock(descriptor, path)
-        if os.fstat(descriptor).st_ino != os.stat(path).st_ino:  # repaired by its owner between our two steps
-            raise StateError(f"the ledger {path} is in use by another process: stop that one first")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StateError(f"the ledger {path} is in use by another process: stop that one first") from error
-
-
-def _replace(path: Path, content: bytes, old_descriptor: int) -> int:
-    """Exchange the file's content atomically; its new descriptor, locked before anyone else can see the file."""
-    temporary = path.with_name(path.name + ".repair")
-    try:
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        try:
-            _lock(descriptor, path)
-            if os.write(descriptor, content) != len(content):
-                raise StateError(f"can't repair the ledger {path}: the disk is full; make room and start again")
-            os.fsync(descriptor)
-            os.replace(temporary, path)
-            files.sync_folder(path.parent)
-        except BaseException:
-            os.close(descriptor)
-            raise
-    except OSError as error:
-        raise StateError(f"can't repair the ledger {path}: {error.strerror}; make room and start again") from error
-    os.close(old_descriptor)
-    return descriptor
