@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
+FUZZ_MINUTES ?= 10
 PIP_QUIET ?= -qq#                make demo PIP_QUIET= shows what pip does
 
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ SMOKE := rounds.num_rounds=2 rounds.cohort_size=4 rounds.over_selection=1.0 roun
          rounds.max_participations=unset evaluation.max_examples=32
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check smoke clean
+.PHONY: help demo test test-slow fuzz check smoke clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +28,10 @@ test: $(VENV)/.test ## install what tests need and run them, but for the slow on
 
 test-slow: $(VENV)/.test ## run the slow tests only
 	@$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.test ## attack every parser for FUZZ_MINUTES=10 minutes each, and say how many inputs it had
+	@$(BIN)/python -m pytest -v -n auto --dist worksteal --fuzz-minutes $(FUZZ_MINUTES) \
+	    tests/secagg/test_fuzz.py::test_nothing_but_our_errors_comes_of_any_input
 
 check: $(VENV)/.test ## formatting, lint and types: what a commit has to pass beside the tests
 	@$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside commands: `fedmini --help` answers at once."""
 
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import click
 import typer
 
+from fedmini import device_commands, operator_commands
 from fedmini.errors import ConfigError, FedMiniError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedmini.config import RunConfig
+    from fedmini.planning import Base
 
 app = typer.Typer(
     help="Fine-tune a small language model on data that never leaves the devices that hold it.",
@@ -23,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(operator_commands.operator, name="operator")
+app.add_typer(device_commands.device, name="device")
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's TOML file.")]
 Overrides = Annotated[
@@ -31,21 +36,34 @@ Overrides = Annotated[
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    manifest_path: Annotated[
+        Path | None, typer.Option("--manifest", help="Write the manifest of a run here, to be signed; loads the base.")
+    ] = None,
+) -> None:
     """Say what a run will do and cost, before it does."""
     from fedmini import config as configuration
-    from fedmini import display, forecast, pace, planning
-    from fedmini.model import runtime, shapes
+    from fedmini import display, files, forecast, manifest_file, pace, planning
+    from fedmini.model import runtime
 
     chosen = configuration.load_run_config(config, overrides or [])
-    template = shapes.template(shapes.linear_shapes(chosen.base), planning.lora_shape(chosen))
-    base = planning.Base("unknown until the base is loaded", template)
     cache_dir = runtime.default_cache_dir()
-    manifest = planning.make_manifest(chosen, f"{chosen.run.name}-plan", base, cache_dir)
+    base = _shapes_only(chosen) if manifest_path is None else _load(chosen, cache_dir)
+    run_id = f"{chosen.run.name}-{'plan' if manifest_path is None else secrets.token_hex(4)}"
+    manifest = planning.make_manifest(chosen, run_id, base, cache_dir)
     known = pace.recall(cache_dir, chosen)
     seconds = pace.forecast_seconds(known, manifest, chosen) if known is not None else None
     description = _description(chosen) | {"time": display.time_sentence(seconds)}
     display.print_plan(_console(), manifest, forecast.forecast(manifest, chosen), description)
+    if manifest_path is not None:
+        try:
+            files.replace_synced(manifest_path, manifest_file.canonical(manifest))
+        except OSError as error:
+            raise ConfigError(f"can't write {manifest_path}: {error.strerror}; choose another --manifest") from error
+        typer.echo(f"wrote the manifest of {run_id} to {manifest_path}; its SHA-256 is {manifest.hash}")
+        typer.echo(f"Next: fedmini operator sign-manifest DIR {shlex.quote(str(manifest_path))}")
 
 
 @app.command()
@@ -54,12 +72,17 @@ def simulate(
     config: Annotated[Path | None, typer.Argument(help="The run's TOML file; may be left out with --resume.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    secure: Annotated[bool, typer.Option("--secure", help="Form every sum by secure aggregation: same bits.")] = False,
 ) -> None:
     """Run it on this machine: every device in this process."""
+    if secure:
+        overrides = [*(overrides or []), "simulation.secure=true"]
     if config is None and not resume:
         raise ConfigError("which run? name a configuration, or add --resume to go on with the one in --output")
     if config is None and overrides:
-        raise ConfigError("--set changes nothing of a run that has begun: leave it away, or begin another run")
+        raise ConfigError(
+            "--set and --secure change nothing of a run that has begun: leave them away, or begin another"
+        )
     try:
         _simulate(config, output, overrides or [], resume)
     except KeyboardInterrupt:
@@ -186,6 +209,23 @@ def _console() -> "Console":
             raise BrokenPipeError
 
     return OpenConsole()
+
+
+def _shapes_only(config: "RunConfig") -> "Base":
+    from fedmini import planning
+    from fedmini.model import shapes
+
+    template = shapes.template(shapes.linear_shapes(config.base), planning.lora_shape(config))
+    return planning.Base("unknown until the base is loaded", template)
+
+
+def _load(config: "RunConfig", cache_dir: Path) -> "Base":
+    from fedmini import planning
+    from fedmini.model import loading
+    from fedmini.model.lora import LoraModel
+
+    model = LoraModel(loading.load_base(config.base, cache_dir, typer.echo), planning.lora_shape(config))
+    return planning.Base(model.fingerprint, model.template)
 
 
 def _description(config: "RunConfig") -> dict[str, str]:

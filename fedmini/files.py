@@ -13,14 +13,17 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_synced(path: Path, content: bytes) -> None:
-    """Put a file in place atomically: readers see the old content or the new. An OSError leaves the old, and no litter."""
+def replace_synced(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Put a file in place atomically: readers see the old content or the new. An OSError leaves the old, and no litter.
+
+    Until it is whole, nobody but its owner can read it, whatever its `mode`.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     partial = Path(name)
     try:
         os.close(handle)
         write_synced(partial, content)
-        partial.chmod(0o644)
+        partial.chmod(mode)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -54,6 +54,19 @@ def unflatten(vector: Vector, template: Template) -> Adapter:
     return tensors
 
 
+def to_bytes(adapter: Adapter, template: Template) -> bytes:
+    """An adapter as it travels: the flat vector's little-endian float32 bytes. Raises UpdateError as `check` does."""
+    return flatten(adapter, template).astype("<f4", copy=False).tobytes()
+
+
+def from_bytes(content: bytes, template: Template) -> Adapter:
+    """The adapter that `to_bytes` wrote. Raises UpdateError where the length is another's; values are not looked at."""
+    expected = 4 * num_parameters(template)
+    if len(content) != expected:
+        raise UpdateError(f"expected a model of {expected} bytes, got {len(content)}")
+    return unflatten(np.frombuffer(content, "<f4"), template)
+
+
 def norm(vector: Vector) -> float:
     """The L2 norm, taken in float64."""
     return float(np.linalg.norm(vector.astype(np.float64)))

@@ -12,6 +12,46 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import pytest
 from hypothesis import settings
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-minutes",
+        type=float,
+        default=0.0,
+        help="minutes for each parser in tests/secagg/test_fuzz.py; 0: seconds",
+    )
+
+
+@pytest.fixture
+def fuzz_minutes(request: pytest.FixtureRequest) -> float:
+    """How long each parser is attacked; 0 within `make test`, where a number of inputs says it."""
+    return request.config.getoption("--fuzz-minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A search has its own time, and as much again to make what it found small."""
+    minutes = config.getoption("--fuzz-minutes")
+    for item in items:
+        if minutes and "fuzz_minutes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(120 * minutes + 600))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line for each parser that was attacked: how many inputs it had, how many a second, the most memory for one."""
+    if not config.getoption("--fuzz-minutes"):
+        return
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    for report in sorted(reports, key=lambda report: report.nodeid):
+        for name, value in report.user_properties:
+            if name == "fuzzed":
+                num_inputs, seconds, peak = value
+                parser = report.nodeid.partition("[")[2][:-1]
+                rate = num_inputs / seconds
+                terminalreporter.write_line(
+                    f"{parser:40} {num_inputs:10,} inputs {rate:8,.0f} a second {peak / 2**20:8.2f} MiB"
+                )
+
+
 # No deadline: the machines are shared, and a slow example is no defect. CI repeats the same examples every time.
 settings.register_profile("fedmini", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("fedmini")

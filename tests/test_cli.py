@@ -129,7 +129,10 @@ def test_help_comes_without_a_command_too_and_loads_nothing_heavy() -> None:
         ("simulate run.toml", "Missing option '--output'"),
         ("simulate --output out", "which run? name a configuration, or add --resume"),
         ("simulate --output out --resume", "out holds no run to resume"),
-        ("simulate --output out --resume --set run.seed=1", "--set changes nothing of a run that has begun"),
+        (
+            "simulate --output out --resume --set run.seed=1",
+            "--set and --secure change nothing of a run that has begun",
+        ),
         ("chat --adapter x --temperature 9", "9.0 is not in the range"),
         ("plan missing.toml", "can't read the config missing.toml: No such file"),
         ("plan .", "can't read the config .: Is a directory"),

@@ -1,0 +1,220 @@
+"""`fedmini operator ...`: who enrols devices and signs manifests. Heavy imports happen inside commands."""
+
+import getpass
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedmini.errors import ConfigError, ProtocolError, UpdateError
+
+if TYPE_CHECKING:
+    from fedmini.types import Manifest
+
+operator = typer.Typer(help="Enrol and revoke devices, sign manifests.", rich_markup_mode=None)
+
+MAX_PASSPHRASE_BYTES = 1024
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The operator's folder, kept away from the server.")]
+PassphraseFile = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="A file whose first line is the key's passphrase.")
+]
+
+
+@operator.command()
+def init(
+    folder: Folder,
+    passphrase: Annotated[bool, typer.Option("--passphrase", help="Ask for a passphrase to encrypt the key.")] = False,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Make the signing key of a new operator."""
+    from fedmini import operator_keys
+
+    secret = None
+    if passphrase_file is not None:
+        secret = _read_passphrase(passphrase_file)
+    elif passphrase:
+        secret = _ask_twice()
+    public_key = operator_keys.create(folder, secret)
+    state = "encrypted" if secret is not None else "not encrypted"
+    typer.echo(f"Made {folder}: the operator's key ({state}) and its public half {public_key.hex()}.")
+    typer.echo(
+        "Who has operator.key can enrol devices and sign manifests: keep this folder off the server, with a backup.\n"
+        f"Next: give {_quoted(folder / 'operator.pub')} to every device, and enrol each with\n"
+        f"  fedmini operator certify {_quoted(folder)} DEVICE.pub --name NAME --output NAME.certificate.json"
+    )
+
+
+@operator.command()
+def certify(
+    folder: Folder,
+    device_key: Annotated[Path, typer.Argument(metavar="DEVICE.pub", help="What `fedmini device init` made.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="What to call the device; or it is called after its key.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write the certificate here too.")] = None,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Enrol a device: sign its public key."""
+    from fedmini import operator_keys
+    from fedmini.secagg import trust_text
+
+    public_key = operator_keys.read_public_key(device_key)
+    with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
+        certificate = opened.certify(public_key, name)
+    written = folder / "devices" / f"{certificate.device_id}.json"
+    if output is not None:
+        operator_keys.write_file(output, trust_text.write_certificate(certificate))
+        written = output
+    typer.echo(
+        f"Enrolled {certificate.device_id} with the key {public_key.hex()}: is it the one that the device shows?"
+    )
+    typer.echo(
+        f"Next: give {_quoted(written)} and operator.pub to the device, whose owner enrols it with\n"
+        "  fedmini device enrol DIR CERTIFICATE.json OPERATOR.pub"
+    )
+
+
+@operator.command()
+def revoke(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An enrolled device, as in DIR/devices/NAME.json.")],
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Take a device's enrolment back, for good."""
+    from fedmini import operator_keys
+
+    with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
+        revocations = opened.revoke(name)
+    typer.echo(f"Revoked {name}: it is on the list of revocations number {revocations.sequence} now.")
+    typer.echo(
+        f"Next: give {_quoted(folder / 'revocations.json')} to the server, which passes it on in the next round; and sign the\n"
+        "manifests of running runs again, so that a server that keeps it back finds no new devices:\n"
+        f"  fedmini operator sign-manifest {_quoted(folder)} MANIFEST.json"
+    )
+
+
+@operator.command()
+def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
+    """Put a new key, signed by the old one, in its place; sign all certificates and revocations anew."""
+    from fedmini import operator_keys
+
+    public_key = operator_keys.rotate(folder, _asker(passphrase_file))
+    enrolled = len(list((folder / "devices").glob("*.json")))
+    typer.echo(f"The operator's key is now {public_key.hex()}; certificates signed anew: {enrolled}.")
+    typer.echo(
+        "The old key is removed: it has nothing left to sign, and a thief of it could lead devices elsewhere. Where it was\n"
+        "stolen already, a rotation is not enough: begin a new folder, and enrol every device again.\n"
+        f"Next: give rotations.json and revocations.json in {_quoted(folder)} to the server and each devices/NAME.json to its\n"
+        "device (fedmini device follow DIR ROTATIONS.json REVOCATIONS.json NAME.json), operator.pub to devices that are\n"
+        "enrolled from now on, and sign the manifests of running runs again."
+    )
+
+
+@operator.command("sign-manifest")
+def sign_manifest(
+    folder: Folder,
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST.json", help="From `fedmini plan --manifest`, or a run directory's.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", help="Or MANIFEST.signed.json beside it.")] = None,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Sign what devices agree to, after saying what it is. What no device would agree to is not signed."""
+    from fedmini import floors, operator_keys
+    from fedmini.secagg import trust_text
+
+    found = _read_manifest(manifest)
+    try:
+        floors.check(found, floors.COMPILED)
+    except ProtocolError as error:
+        raise ConfigError(f"{manifest}: no device would agree to it: {error}") from error
+    for line in _describe(found):
+        typer.echo(line)
+    with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
+        signed = opened.sign_manifest(found)
+    written = output or manifest.with_suffix(".signed.json")
+    operator_keys.write_file(written, trust_text.write_signed_manifest(signed))
+    typer.echo(f"Signed it, for devices that have seen revocations number {signed.min_revocations} or later.")
+    typer.echo(f"Next: give {_quoted(written)} to the server, which passes it on to the devices.")
+
+
+def _read_manifest(path: Path) -> "Manifest":
+    """The manifest of a canonical file, or of the record in a run's directory."""
+    from fedmini import manifest_file, operator_keys
+
+    content = operator_keys.read_file(path)
+    recorded = None
+    try:
+        found = json.loads(content)
+        if isinstance(found, dict) and found.keys() == {"hash", "environment", "manifest"}:
+            recorded = found["hash"]
+            content = json.dumps(found["manifest"], sort_keys=True, separators=(",", ":")).encode()
+        manifest = manifest_file.parse(content)
+    except (UpdateError, ValueError, RecursionError) as error:
+        said = str(error) if isinstance(error, UpdateError) else "it is not JSON"
+        raise ConfigError(f"{path}: {said}") from None
+    if recorded not in (None, manifest.hash):
+        raise ConfigError(f"{path}: its hash is not that of the manifest in it: the file was changed")
+    return manifest
+
+
+def _describe(manifest: "Manifest") -> list[str]:
+    from fedmini import floors
+    from fedmini.privacy import accounting
+
+    release = manifest.release
+    lines = [
+        f"Manifest {manifest.hash}",
+        f"  run {manifest.run_id}: {manifest.num_rounds} rounds of about {release.cohort_size} devices, "
+        f"each releasing at most {release.max_releases} times; base {manifest.base_fingerprint[:16]}...",
+    ]
+    for unit in release.units:
+        shown = accounting.rounded_up(floors.run_epsilon(unit, manifest))
+        honest = f", if {release.n_honest} of {release.min_survivors} are honest" if unit.noise == "shared" else ""
+        lines.append(f"  each {unit.unit}: epsilon {shown} at delta {unit.target_delta:g}, {unit.noise} noise{honest}")
+    return lines
+
+
+def _asker(passphrase_file: Path | None) -> Callable[[], bytes]:
+    """Gives the passphrase where it is needed: from the file, or from who sits at the terminal."""
+
+    def ask() -> bytes:
+        if passphrase_file is not None:
+            return _read_passphrase(passphrase_file)
+        return _ask("Passphrase of the operator's key: ")
+
+    return ask
+
+
+def _ask_twice() -> bytes:
+    first = _ask("New passphrase, at least 16 characters, such as six random words: ")
+    if first != _ask("The same once more: "):
+        raise ConfigError("the two passphrases differ: give the command again")
+    return first
+
+
+def _ask(question: str) -> bytes:
+    if not sys.stdin.isatty():
+        raise ConfigError("the operator's key needs a passphrase, and there is no terminal: add --passphrase-file FILE")
+    try:
+        return getpass.getpass(question).encode()
+    except EOFError:
+        raise ConfigError("no passphrase was given: type one, or add --passphrase-file FILE") from None
+
+
+def _read_passphrase(path: Path) -> bytes:
+    from fedmini import operator_keys
+
+    line = operator_keys.read_file(path).split(b"\n", 1)[0].rstrip(b"\r")
+    if not 0 < len(line) <= MAX_PASSPHRASE_BYTES:
+        raise ConfigError(f"{path}: expected a passphrase of 1 to {MAX_PASSPHRASE_BYTES} bytes on its first line")
+    return line
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
