@@ -2,6 +2,7 @@
 
 RUN/config.toml       RUN/manifest.json     RUN/metrics.jsonl     RUN/ledger.jsonl     RUN/privacy.json
 RUN/report.html       RUN/checkpoints/round-0007/...              RUN/adapter/...      (plain PEFT)
+RUN/devices/...       (with secure aggregation: each device's own ledger)
 """
 
 import json
@@ -50,6 +51,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def devices(self) -> Path:
+        return self.path / "devices"
 
     @property
     def adapter(self) -> Path:

@@ -6,6 +6,8 @@ from typing import Any
 
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.ledger import Ledger
+from fedmini.secagg.checks import lowest_threshold
+from fedmini.secagg.messages import VERSION
 from fedmini.types import ADJACENCY, Manifest, UnitPlan
 
 NOT_COVERED = (
@@ -25,14 +27,18 @@ NOT_COVERED = (
 )
 
 NO_PRIVACY = "This run was made WITHOUT privacy: the adapter may reveal what any one example says."
+NOT_SECURE = "none: the contributions were added up directly; in a deployment the sum is formed by secure aggregation"
 SEEDED = (
     "This run drew its noise from a seed that is written beside it: whoever has the seed can take the noise away. "
     "It is for reproducing, and protects nobody."
 )
 
 
-def privacy_statement(manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
-    """The statement of a run as it stands, every epsilon computed from its ledger."""
+def privacy_statement(manifest: Manifest, ledger: Ledger, *, is_secure: bool) -> dict[str, Any]:
+    """The statement of a simulated run as it stands, every epsilon computed from its ledger.
+
+    `is_secure`: whether the sums were formed by secure aggregation.
+    """
     units = manifest.release.units
     is_seeded = ledger.was_seeded
     return {
@@ -44,7 +50,8 @@ def privacy_statement(manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
         "ledger_lines": ledger.position.seq,
         "ledger_hash": ledger.position.hash,
         "noise_was_seeded": is_seeded,
-        "simulated": "the sum was formed in one process; in a deployment it is formed by secure aggregation",
+        "simulated": "all devices and the server were one process: whoever ran it saw every example and every contribution",
+        "secure_aggregation": _secure_aggregation(manifest) if is_secure else NOT_SECURE,
         "accountant": "dp-accounting, privacy loss distributions, grid 1e-4; the argument is docs/accounting.md",
         "not_covered": list(NOT_COVERED),
     }
@@ -83,7 +90,7 @@ def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, 
         "sampling_rate": event.sampling_rate,
         "steps_per_release": event.num_steps,
         "num_releases": ledger.max_participation(unit.unit),
-        "holds_against": _holds_against(unit),
+        "holds_against": holds_against(unit),
         "assumes": _assumes(unit, manifest),
     }
     if unit.noise == "shared":
@@ -97,6 +104,24 @@ def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, 
     return found
 
 
+def _secure_aggregation(manifest: Manifest) -> dict[str, Any]:
+    """What the protocol promises of one contribution, and on what grounds, for a full cohort."""
+    num_devices = manifest.release.max_devices
+    threshold = lowest_threshold(num_devices)
+    return {
+        "protocol": f"fedmini secure aggregation, version {VERSION}; docs/secure-aggregation.md",
+        "hides": "each contribution from everyone, the server included: only the sum over the survivors is opened",
+        "holds_against": f"a server that lies, together with up to {2 * threshold - num_devices - 1} of {num_devices} devices",
+        "assumes": [
+            "the operator enrols devices of real people only: it could enrol any number of its own",
+            "the operator's signing key is not the server's",
+            f"of {num_devices} devices, {threshold} or more stay to the end of a round, and {manifest.release.min_survivors} "
+            "or more are in the sum: the devices give up a round otherwise",
+        ],
+        "does_not_hide": "the sum itself (which the noise is for), and who took part",
+    }
+
+
 def _mechanism(unit: UnitPlan) -> str:
     subject = "each example's gradient" if unit.unit == "example" else "each device's whole update"
     source = {
@@ -107,7 +132,8 @@ def _mechanism(unit: UnitPlan) -> str:
     return f"{subject} is clipped to L2 norm {unit.clip_norm:g} and rounded to integers; {source}; discrete Gaussian"
 
 
-def _holds_against(unit: UnitPlan) -> str:
+def holds_against(unit: UnitPlan) -> str:
+    """Against whom a unit's guarantee holds, as it follows \"holds against\"."""
     return {
         "local": "everyone, the server included, whatever other devices do",
         "shared": f"everyone, the server included, while at least {unit.num_shares} devices of every round are honest "

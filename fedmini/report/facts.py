@@ -175,7 +175,11 @@ def _statement(run: RunDirectory, record: Mapping[str, Any], ledger: LedgerFacts
 
 def _grounds(statement: Mapping[str, Any]) -> tuple[str, ...]:
     known = (("simulated", "this is a simulation: "), ("accountant", "epsilon was computed with "))
-    return tuple(f"{opening}{statement[key]}" for key, opening in known if key in statement)
+    found = [f"{opening}{statement[key]}" for key, opening in known if key in statement]
+    secure = statement.get("secure_aggregation")
+    if isinstance(secure, Mapping):
+        found.append(f"the sums were formed by secure aggregation, which holds against {secure.get('holds_against')}")
+    return tuple(found)
 
 
 def _stated(statement: Mapping[str, Any]) -> tuple[Guarantee, ...]:

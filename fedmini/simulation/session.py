@@ -1,5 +1,6 @@
 """A run in progress: the seam to the devices of this process, and what is written as the rounds go by."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,7 +15,9 @@ from fedmini.model import runtime
 from fedmini.privacy import encoding
 from fedmini.privacy.ledger import Ledger
 from fedmini.rundir import RunDirectory
+from fedmini.secure_sum import SecureSum
 from fedmini.simulation.progress import Progress, SimulationResult
+from fedmini.simulation.secure import SecureDevices
 from fedmini.simulation.setup import Setup, base_name
 from fedmini.types import (
     CohortSum,
@@ -68,6 +71,9 @@ class Session:
         self._history = history
         self._state: ServerState | None = None
         self._pace = pace.Pace()
+        self._shown = Progress("round")
+        is_secure = setup.config.simulation.secure
+        self._secure = SecureDevices(setup, directory.devices, self._note) if is_secure else None
 
     def last_state(self, otherwise: ServerState) -> ServerState:
         """The last committed state."""
@@ -111,27 +117,45 @@ class Session:
         return nats / targets
 
     def sum_cohort(self, chosen: Sequence[DeviceId], task: TrainTask, debit: Callable[[Roster], None]) -> CohortSum:
-        """The one seam, in one process: the sum is formed directly, one contribution in memory at a time."""
-        setup, manifest = self._setup, self._setup.run.manifest
-        debit(Roster(manifest.run_id, task.round_num, task.attempt, tuple(sorted(chosen))))
+        """The one seam, in one process: by secure aggregation where the run asks for it, else added up directly.
+
+        Either way the same devices drop out, after the debit, and the sum has the same bits.
+        """
+        lost = self._lost(chosen, task)
+        num_left, num_done = len(chosen) - len(lost), itertools.count(1)
+
+        def on_answer() -> None:
+            self._progress("round", task.round_num - 1, next(num_done), num_left)
+
+        if self._secure is not None:
+            exchange = self._secure.exchange(lost, on_answer)
+            return SecureSum(self._setup.run.manifest, self._secure.trust, exchange)(chosen, task, debit)
+        debit(Roster(self._setup.run.manifest.run_id, task.round_num, task.attempt, tuple(sorted(chosen))))
+        return self._sum_directly([device for device in sorted(chosen) if device not in lost], task, on_answer)
+
+    def _lost(self, chosen: Sequence[DeviceId], task: TrainTask) -> frozenset[DeviceId]:
+        """Who drops out of this attempt after its debit: each with the configured probability."""
+        setup = self._setup
+        draws = setup.run.streams("dropout", "round", task.round_num, "attempt", task.attempt).uniform(len(chosen))
+        rate = setup.config.rounds.dropout_rate
+        return frozenset(device for device, draw in zip(sorted(chosen), draws, strict=True) if draw < rate)
+
+    def _sum_directly(self, survivors: Sequence[DeviceId], task: TrainTask, on_answer: Callable[[], None]) -> CohortSum:
+        """One contribution in memory at a time."""
+        manifest = self._setup.run.manifest
         total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
-        lost = setup.run.streams("dropout", "round", task.round_num, "attempt", task.attempt).uniform(len(chosen))
-        survivors = [
-            device
-            for device, draw in zip(sorted(chosen), lost, strict=True)
-            if draw >= setup.config.rounds.dropout_rate
-        ]
-        for index, device in enumerate(survivors):
-            contribution = setup.devices[device].contribute(task)
+        for device in survivors:
+            contribution = self._setup.devices[device].contribute(task)
             total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
-            self._progress("round", task.round_num - 1, index + 1, len(survivors))
+            on_answer()
         return CohortSum(total, len(survivors))
 
     def finish(self, state: ServerState) -> SimulationResult:
         """Write the adapter, the privacy statement and the report."""
         setup, directory = self._setup, self._directory
         rundir.write_metrics(directory, self._history)
-        privacy = statement.privacy_statement(setup.run.manifest, self._ledger)
+        is_secure = setup.config.simulation.secure
+        privacy = statement.privacy_statement(setup.run.manifest, self._ledger, is_secure=is_secure)
         rundir.write_json(directory.privacy, privacy)
         setup.model.set_adapter(state.adapter)
         setup.model.save_peft(directory.adapter, base_name(setup.config))
@@ -146,20 +170,22 @@ class Session:
         )
         self._state = state
 
+    def _note(self, text: str) -> None:
+        self._tell(replace(self._shown, note=text))
+
     def _progress(self, stage: str, round_num: int, device_index: int = 0, num_devices: int = 0) -> None:
         measured = next((line for line in reversed(self._history) if line["eval_loss"] is not None), None)
-        self._tell(
-            Progress(
-                stage=stage,
-                round_num=round_num,
-                num_rounds=self._setup.run.manifest.num_rounds,
-                device_index=device_index,
-                num_devices=num_devices,
-                loss=measured["eval_loss"] if measured else None,
-                loss_round=measured["round"] if measured else None,
-                epsilon=self._history[-1]["epsilon"] if self._history else None,
-            )
+        self._shown = Progress(
+            stage=stage,
+            round_num=round_num,
+            num_rounds=self._setup.run.manifest.num_rounds,
+            device_index=device_index,
+            num_devices=num_devices,
+            loss=measured["eval_loss"] if measured else None,
+            loss_round=measured["round"] if measured else None,
+            epsilon=self._history[-1]["epsilon"] if self._history else None,
         )
+        self._tell(self._shown)
 
 
 def _metrics_line(report: RoundReport) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""A device's side of every secure round of one run: requests in, answers out, its own ledger debited in between."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedmini import vectors
+from fedmini.privacy import accounting
+from fedmini.privacy.device_ledger import DeviceLedger, DeviceRelease, LifetimeLimits
+from fedmini.secagg import wire
+from fedmini.secagg.checks import Agreed
+from fedmini.secagg.device_session import DeviceSession
+from fedmini.secagg.messages import Context
+from fedmini.secagg.shamir import Random
+from fedmini.secagg.trust import Identity, Revocations
+from fedmini.types import Contribution, Manifest, Residues, TrainTask
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLedger:
+    """Where a device writes down what leaves it, in this run and all others, and what all of them together may cost."""
+
+    path: Path
+    limits: LifetimeLimits
+    is_seeded: bool = False  # in a seeded simulation: an attempt may come again with the same bits
+
+    def admit(self, manifest: Manifest, context: Context) -> None:
+        """Raise ProtocolError unless this attempt is a new one, later than all that this device has been part of."""
+        with DeviceLedger.open(self.path) as ledger:
+            if not ledger.is_replay(self._release(manifest, context)):
+                ledger.check_new(context.run_id, context.round_num, context.attempt)
+
+    def debit(self, manifest: Manifest, context: Context) -> None:
+        """Write down what is about to be contributed. Raises a FedMiniError, with nothing spent, where it may not be."""
+        with DeviceLedger.open(self.path) as ledger:
+            ledger.debit(self._release(manifest, context), self.limits)
+
+    def _release(self, manifest: Manifest, context: Context) -> DeviceRelease:
+        return DeviceRelease(
+            run_id=context.run_id,
+            round_num=context.round_num,
+            attempt=context.attempt,
+            manifest_hash=manifest.hash,
+            events=tuple(accounting.event_of(unit, manifest) for unit in manifest.release.units),
+            max_participations=manifest.release.max_releases,
+            min_separation=manifest.release.min_separation,
+            is_seeded=self.is_seeded,
+        )
+
+
+class Memory(Protocol):
+    """What a device knows beyond one run: the newest that it has seen in any of them."""
+
+    def agreed(self) -> Agreed:
+        """What holds when a round begins. Raises a FedMiniError where this device takes part no longer."""
+
+    def update(self, revocations: Revocations) -> None:
+        """Keep a newer list, durably, before the answer leaves that was given with it. Raises a FedMiniError."""
+
+
+class Member:
+    """One device of a run. `contribute` computes what it gives to a task: `Device.contribute`, in the end.
+
+    Without a ledger (a run without privacy) it keeps no record, and takes part in whatever it is asked for. Without a
+    memory what it learns of revoked devices is gone with it.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        agreed: Agreed,
+        contribute: Callable[[TrainTask], Contribution],
+        ledger: OwnLedger | None,
+        random: Random = os.urandom,
+        memory: Memory | None = None,
+    ) -> None:
+        self._identity, self._agreed, self._random = identity, agreed, random
+        self._contribute, self._ledger, self._memory = contribute, ledger, memory
+        self._session: DeviceSession | None = None
+
+    def __repr__(self) -> str:
+        return f"Member({self._agreed.device_id!r}, {self._session})"
+
+    def answer(self, request: bytes) -> bytes:
+        """The answer to one request of a round. An invitation ends whatever round went on and begins another.
+
+        Raises a FedMiniError where this device takes no part, or the server breaks a rule: nothing leaves the device.
+        """
+        if self._session is None or wire.is_invitation(request):
+            self.close()
+            if self._memory is not None:
+                self._agreed = self._memory.agreed()
+            self._session = DeviceSession(self._identity, self._agreed, self, self._random)
+        try:
+            return self._session.step(request)
+        finally:
+            self._learn(self._session.agreed)
+
+    def close(self) -> None:
+        """Give up the round that goes on, if one does, and erase its secrets."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _learn(self, agreed: Agreed) -> None:
+        """Keep the newest revocations that a session has seen; where that fails, it is over."""
+        newest = agreed.trust.revocations
+        if self._memory is not None and newest is not None and newest != self._agreed.trust.revocations:
+            try:
+                self._memory.update(newest)
+            except BaseException:
+                self.close()
+                raise
+        self._agreed = agreed
+
+    def admit(self, context: Context) -> None:
+        """What a session asks before this device sends its keys."""
+        if self._ledger is not None:
+            self._ledger.admit(self._agreed.manifest, context)
+
+    def contribute(self, context: Context, model: bytes) -> Residues:
+        """What a session asks for once the roster is fixed: the debit first, then the training."""
+        manifest = self._agreed.manifest
+        adapter = vectors.from_bytes(model, manifest.template)
+        if self._memory is not None:
+            self._memory.agreed()  # its owner may have left the run since the round began
+        if self._ledger is not None:
+            self._ledger.debit(manifest, context)
+        task = TrainTask(manifest.hash, context.round_num, context.attempt, adapter)
+        return self._contribute(task).vector

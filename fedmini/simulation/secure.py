@@ -1,0 +1,96 @@
+"""Secure aggregation inside a simulation: the whole protocol runs, with the server and every device in this process.
+
+The operator is made up for the run, and each device is enrolled, agrees to the signed manifest and keeps its own ledger
+as a real one would. Keys and shares come from the operating system in a seeded run too: they cancel.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from fedmini.errors import ConfigError, PrivacyBudgetError, ProtocolError
+from fedmini.member import Member, OwnLedger
+from fedmini.privacy import consistency
+from fedmini.privacy.device_ledger import LifetimeLimits
+from fedmini.secagg import checks, signed_manifest, signing_keys, trust
+from fedmini.secagg.checks import Agreed
+from fedmini.secagg.messages import MAX_DEVICES, Stage
+from fedmini.secagg.trust import Identity, Trust
+from fedmini.simulation.setup import Setup
+from fedmini.types import DeviceId
+
+# A simulated device refuses nothing that its researcher wants to know the price of.
+NO_LIMIT = LifetimeLimits(lifetime_epsilon=math.inf, lifetime_delta=1e-5)
+
+
+class SecureDevices:
+    """The devices of a simulation as members of secure rounds, and the transport between them and the server.
+
+    `folder` holds each device's own ledger. `tell` hears why a device gave up a round.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, tell: Callable[[str], None]) -> None:
+        _check_size(setup)
+        self._setup, self._folder, self._tell = setup, folder, tell
+        self._operator = signing_keys.draw()
+        self.trust = Trust(signing_keys.public_bytes(self._operator))
+        manifest = setup.run.manifest
+        signed_manifest.check_manifest(self.trust, signed_manifest.sign_manifest(self._operator, manifest, None))
+        consistency.check_consistency(manifest)
+        self._identities: dict[DeviceId, Identity] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def exchange(
+        self, lost: Collection[DeviceId], on_answer: Callable[[], None]
+    ) -> Callable[[Stage, Iterator[tuple[DeviceId, bytes]]], Iterator[tuple[DeviceId, bytes]]]:
+        """The transport of one round. The `lost` devices send keys and shares, and then no vector."""
+        members: dict[DeviceId, Member] = {}
+
+        def exchange(stage: Stage, requests: Iterator[tuple[DeviceId, bytes]]) -> Iterator[tuple[DeviceId, bytes]]:
+            for device, request in requests:
+                if stage is Stage.ADVERTISE:
+                    members[device] = self._member(device)
+                if stage is Stage.CONTRIBUTE and device in lost:
+                    continue
+                try:
+                    yield device, members[device].answer(request)
+                except (ProtocolError, PrivacyBudgetError) as error:
+                    self._tell(f"{device} gave up the round: {error}")
+                    continue
+                if stage is Stage.CONTRIBUTE:
+                    on_answer()
+
+        return exchange
+
+    def _member(self, device: DeviceId) -> Member:
+        run = self._setup.run
+        ledger = None
+        if run.manifest.release.units:
+            name = hashlib.sha256(device.encode()).hexdigest()[:16]
+            ledger = OwnLedger(self._folder / f"{name}.jsonl", NO_LIMIT, run.is_replayed)
+        agreed = Agreed(device, run.manifest, self.trust)
+        return Member(self._identity(device), agreed, self._setup.devices[device].contribute, ledger)
+
+    def _identity(self, device: DeviceId) -> Identity:
+        if device not in self._identities:
+            key = signing_keys.draw()
+            certificate = trust.certify(self._operator, device, signing_keys.public_bytes(key))
+            self._identities[device] = Identity(key, certificate)
+        return self._identities[device]
+
+
+def _check_size(setup: Setup) -> None:
+    """Raise ConfigError where no round of this size could come to its end."""
+    release = setup.run.manifest.release
+    if release.max_devices > MAX_DEVICES:
+        raise ConfigError(
+            f"secure aggregation takes at most {MAX_DEVICES} devices a round, rounds.cohort_size * rounds.over_selection "
+            f"is {release.max_devices}: lower one of the two, or leave simulation.secure away"
+        )
+    threshold = checks.lowest_threshold(release.max_devices)
+    if release.cohort_size < threshold:
+        raise ConfigError(
+            f"of {release.max_devices} devices that are asked, secure aggregation needs {threshold} to stay, and "
+            f"rounds.cohort_size counts on {release.cohort_size}: keep rounds.over_selection below 1.5"
+        )

@@ -1,0 +1,151 @@
+"""simulate --secure: the whole protocol in one process gives the very bits of the direct sum."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmini import simulation
+from fedmini.config import RunConfig
+from fedmini.errors import CohortError, ConfigError
+from fedmini.privacy.device_ledger import DeviceLedger
+from fedmini.privacy.ledger import read_ledger
+from fedmini.simulation import Progress, SimulationOptions, SimulationResult
+from tests import tiny_run
+
+
+def run(
+    folder: Path, config: RunConfig, output: str, resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> SimulationResult:  # fmt: skip
+    options = SimulationOptions(resume=resume, cache_dir=folder / "cache", on_progress=on_progress)
+    return simulation.simulate(config, data=tiny_run.rows(), output=folder / output, options=options)
+
+
+def both(
+    folder: Path, privacy: str, changes: dict[str, Any] | None = None
+) -> tuple[SimulationResult, SimulationResult]:
+    """The same run with the direct sum in `direct`, and with secure aggregation in `secure`."""
+    config = tiny_run.config(folder, privacy, changes)
+    secure = tiny_run.config(folder, privacy, (changes or {}) | {"simulation": {"secure": True}})
+    return run(folder, config, "direct"), run(folder, secure, "secure")
+
+
+def adapter_bytes(folder: Path, output: str) -> bytes:
+    return (folder / output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def ledger_content(folder: Path, output: str) -> list[tuple[Any, ...]]:
+    """What a ledger says, but for the run's random name and the chain."""
+    names = ("round", "attempt", "state", "unit", "z_eff", "sampling_rate", "participation", "seeded")
+    return [tuple(line[name] for name in names) for line in read_ledger(folder / output / "ledger.jsonl")]
+
+
+@pytest.mark.parametrize("privacy", sorted(tiny_run.PRIVACY))
+def test_secure_aggregation_gives_the_bits_of_the_direct_sum_in_every_mode(tmp_path: Path, privacy: str) -> None:
+    direct, secure = both(tmp_path, privacy)
+    assert adapter_bytes(tmp_path, "direct") == adapter_bytes(tmp_path, "secure")
+    assert ledger_content(tmp_path, "direct") == ledger_content(tmp_path, "secure")
+    assert [line["eval_loss"] for line in direct.history] == [line["eval_loss"] for line in secure.history]
+
+
+def test_with_dropouts_and_lost_attempts_the_bits_are_the_same_too(tmp_path: Path) -> None:
+    changes = {"rounds": {"num_rounds": 6, "min_survivors": 4, "dropout_rate": 0.3, "spare_attempts": 9}}
+    direct, secure = both(tmp_path, "example-shared", changes)
+    assert adapter_bytes(tmp_path, "direct") == adapter_bytes(tmp_path, "secure")
+    assert ledger_content(tmp_path, "direct") == ledger_content(tmp_path, "secure")
+    survivors = [line["num_survivors"] for line in secure.history[1:]]
+    assert survivors == [line["num_survivors"] for line in direct.history[1:]]
+    assert min(survivors) < 5, "nobody dropped: choose another seed"
+    assert max(line[1] for line in ledger_content(tmp_path, "secure")) > 0, "no attempt was lost: choose another seed"
+
+
+def test_too_many_lost_attempts_end_the_run_with_everything_saved(tmp_path: Path) -> None:
+    changes = {"rounds": {"dropout_rate": 0.9}, "simulation": {"secure": True}}
+    config = tiny_run.config(tmp_path, "example-shared", changes)
+    with pytest.raises(CohortError, match=r"devices sent their vectors, 4 are needed; what was debited stays spent"):
+        run(tmp_path, config, "secure")
+    assert json.loads((tmp_path / "secure" / "privacy.json").read_text())["ledger_lines"] == 1
+
+
+def test_what_devices_wrote_down_themselves_is_what_the_server_says(tmp_path: Path) -> None:
+    _, secure = both(tmp_path, "device-shared")
+    guarantee = secure.privacy["guarantees"][0]
+    ledgers = list((tmp_path / "secure" / "devices").glob("*.jsonl"))
+    spent = []
+    for path in ledgers:
+        with DeviceLedger.open(path) as ledger:
+            spent.append((len(ledger.releases()), ledger.epsilon("device", guarantee["delta"])))
+    assert max(spent) == (guarantee["num_releases"], guarantee["epsilon"])
+    assert sum(count for count, _ in spent) == sum(line["num_sampled"] for line in secure.history)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def interrupt_after(num_devices: int) -> Callable[[Progress], None]:
+    """Stop a run from inside, as a crash of one device's training would, after so many contributions."""
+    seen = 0
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal seen
+        seen += progress.device_index > 0
+        if seen == num_devices:
+            raise _KilledError
+
+    return on_progress
+
+
+@pytest.mark.parametrize("num_devices", [1, 5, 8])
+def test_an_interrupted_seeded_run_goes_on_to_the_same_bits_at_no_cost(tmp_path: Path, num_devices: int) -> None:
+    both(tmp_path, "example-shared")
+    config = tiny_run.config(tmp_path, "example-shared", {"simulation": {"secure": True}})
+    with pytest.raises(_KilledError):
+        run(tmp_path, config, "broken", on_progress=interrupt_after(num_devices))
+    run(tmp_path, config, "broken", resume=True)
+    assert adapter_bytes(tmp_path, "broken") == adapter_bytes(tmp_path, "direct")
+    assert ledger_content(tmp_path, "broken") == ledger_content(tmp_path, "direct")
+
+
+def test_an_interrupted_unseeded_run_asks_its_devices_for_a_new_attempt(tmp_path: Path) -> None:
+    changes = {"rounds": {"spare_attempts": 1}, "simulation": {"secure": True}}
+    config = tiny_run.config(tmp_path, "example-shared", changes)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
+    with pytest.raises(_KilledError):
+        run(tmp_path, config, "run", on_progress=interrupt_after(7))
+    result = run(tmp_path, config, "run", resume=True)
+    lines = ledger_content(tmp_path, "run")
+    assert [line[:2] for line in lines] == [(1, 0), (2, 0), (2, 1), (3, 0)]
+    assert [line["num_survivors"] for line in result.history[1:]] == [5, 5, 5], "every device allowed it"
+
+
+def test_the_statement_says_how_the_sum_was_formed_and_what_that_rests_on(tmp_path: Path) -> None:
+    direct, secure = both(tmp_path, "example-shared")
+    assert direct.privacy["secure_aggregation"].startswith("none")
+    found = secure.privacy["secure_aggregation"]
+    assert "a server that lies, together with up to 2 of 5 devices" in found["holds_against"]
+    assert any("4 or more stay to the end of a round" in assumption for assumption in found["assumes"])
+    guarantee = secure.privacy["guarantees"][0]
+    assert guarantee["epsilon_of_a_lone_honest_device"] > guarantee["epsilon"]
+    assert "the server included" in guarantee["holds_against"]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"),
+    [
+        ({"cohort_size": 151, "min_survivors": 4}, "at most 150 devices a round"),
+        ({"cohort_size": 4, "over_selection": 1.75}, "keep rounds.over_selection below 1.5"),
+    ],
+)
+def test_a_cohort_that_could_never_be_summed_is_said_before_training(
+    tmp_path: Path, rounds: dict[str, Any], message: str
+) -> None:
+    config = tiny_run.config(tmp_path, "example-shared", {"rounds": rounds, "simulation": {"secure": True}})
+    options = SimulationOptions(cache_dir=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=message):
+        simulation.simulate(
+            config, data=tiny_run.rows(num_people=160, num_examples=4), output=tmp_path / "x", options=options
+        )
