@@ -6,7 +6,7 @@ from typing import Any
 
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.ledger import Ledger
-from fedmini.secagg.checks import lowest_threshold
+from fedmini.secagg import checks
 from fedmini.secagg.messages import VERSION
 from fedmini.types import ADJACENCY, Manifest, UnitPlan
 
@@ -105,21 +105,29 @@ def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, 
 
 
 def _secure_aggregation(manifest: Manifest) -> dict[str, Any]:
-    """What the protocol promises of one contribution, and on what grounds, for a full cohort."""
-    num_devices = manifest.release.max_devices
-    threshold = lowest_threshold(num_devices)
+    """What the protocol promises of one contribution, and on what grounds."""
+    least, most = manifest.release.min_survivors, manifest.release.max_devices
     return {
         "protocol": f"fedmini secure aggregation, version {VERSION}; docs/secure-aggregation.md",
         "hides": "each contribution from everyone, the server included: only the sum over the survivors is opened",
-        "holds_against": f"a server that lies, together with up to {2 * threshold - num_devices - 1} of {num_devices} devices",
+        "holds_against": f"a server that lies, together with up to {_most_corrupt(least, most)} of its devices, "
+        f"whichever {least} to {most} it invites",
         "assumes": [
             "the operator enrols devices of real people only: it could enrol any number of its own",
             "the operator's signing key is not the server's",
-            f"of {num_devices} devices, {threshold} or more stay to the end of a round, and {manifest.release.min_survivors} "
-            "or more are in the sum: the devices give up a round otherwise",
+            f"{least} or more devices are in every sum, and more than two thirds of those that began stay to its end: the "
+            "devices give up a round otherwise",
         ],
         "does_not_hide": "the sum itself (which the noise is for), and who took part",
     }
+
+
+def _most_corrupt(least_devices: int, most_devices: int) -> int:
+    """How many devices may work for the server, in a cohort of whatever size between the two that it chooses.
+
+    With n devices and a threshold t, 2 t > n + corrupt keeps both kinds of one device's shares apart, and two outcomes.
+    """
+    return min(2 * checks.lowest_threshold(size) - size - 1 for size in range(least_devices, most_devices + 1))
 
 
 def _mechanism(unit: UnitPlan) -> str:

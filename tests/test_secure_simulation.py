@@ -126,8 +126,9 @@ def test_the_statement_says_how_the_sum_was_formed_and_what_that_rests_on(tmp_pa
     direct, secure = both(tmp_path, "example-shared")
     assert direct.privacy["secure_aggregation"].startswith("none")
     found = secure.privacy["secure_aggregation"]
-    assert "a server that lies, together with up to 2 of 5 devices" in found["holds_against"]
-    assert any("4 or more stay to the end of a round" in assumption for assumption in found["assumes"])
+    # Four devices at least, so a threshold of three: 2 * 3 > 4 + 1, and no more.
+    assert "a server that lies, together with up to 1 of its devices, whichever 4 to 5" in found["holds_against"]
+    assert any("4 or more devices are in every sum" in assumption for assumption in found["assumes"])
     guarantee = secure.privacy["guarantees"][0]
     assert guarantee["epsilon_of_a_lone_honest_device"] > guarantee["epsilon"]
     assert "the server included" in guarantee["holds_against"]
