@@ -38,10 +38,10 @@ check: $(VENV)/.test ## formatting, lint and types: what a commit has to pass be
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy --strict fedmini
 
-smoke: $(VENV)/.demo ## plan every simulation, and run the demo cut down to about a minute
+smoke: $(VENV)/.demo ## plan every simulation, and run the demo, cut down to about a minute, with secure aggregation
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
 	for config in simulations/*.toml; do $(BIN)/fedmini plan "$$config"; done; \
-	$(BIN)/fedmini simulate simulations/chat.toml --output "$$folder/run" $(SMOKE:%=--set %); \
+	$(BIN)/fedmini simulate simulations/chat.toml --output "$$folder/run" --secure $(SMOKE:%=--set %); \
 	for file in adapter/adapter_model.safetensors privacy.json report.html; do \
 	    [ -s "$$folder/run/$$file" ] || { echo "smoke: the run left no $$file" >&2; exit 1; }; \
 	done

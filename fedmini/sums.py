@@ -30,7 +30,7 @@ def noise_std_of_sum(manifest: Manifest, num_devices: int) -> float:
 
 
 def upload_bytes(manifest: Manifest) -> int:
-    """What one device sends in a round: its vector, packed to the manifest's modulus."""
+    """What one device's vector takes, packed to the manifest's modulus; secure aggregation adds some kB of keys and shares."""
     return math.ceil(manifest.num_coordinates * manifest.release.modulus_bits / 8)
 
 

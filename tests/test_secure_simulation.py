@@ -62,6 +62,17 @@ def test_with_dropouts_and_lost_attempts_the_bits_are_the_same_too(tmp_path: Pat
     assert max(line[1] for line in ledger_content(tmp_path, "secure")) > 0, "no attempt was lost: choose another seed"
 
 
+def test_the_bytes_of_a_round_are_those_that_really_passed(tmp_path: Path) -> None:
+    direct, secure = both(tmp_path, "example-shared")
+    sent, received = (
+        [(before[key], after[key]) for before, after in zip(direct.history[1:], secure.history[1:], strict=True)]
+        for key in ("upload_bytes_per_device", "download_bytes_per_device")
+    )
+    # Five devices: for each, keys, sealed shares, commitments and what is revealed of it take some hundred bytes.
+    assert all(1_000 < after - before < 3_000 for before, after in sent)
+    assert all(2_000 < after - before < 6_000 for before, after in received)
+
+
 def test_too_many_lost_attempts_end_the_run_with_everything_saved(tmp_path: Path) -> None:
     changes = {"rounds": {"dropout_rate": 0.9}, "simulation": {"secure": True}}
     config = tiny_run.config(tmp_path, "example-shared", changes)

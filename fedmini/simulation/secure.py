@@ -6,7 +6,9 @@ as a real one would. Keys and shares come from the operating system in a seeded 
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fedmini.errors import ConfigError, PrivacyBudgetError, ProtocolError
@@ -18,7 +20,7 @@ from fedmini.secagg.checks import Agreed
 from fedmini.secagg.messages import MAX_DEVICES, Stage
 from fedmini.secagg.trust import Identity, Trust
 from fedmini.simulation.setup import Setup
-from fedmini.types import DeviceId
+from fedmini.types import DeviceId, RoundReport
 
 # A simulated device refuses nothing that its researcher wants to know the price of.
 NO_LIMIT = LifetimeLimits(lifetime_epsilon=math.inf, lifetime_delta=1e-5)
@@ -39,6 +41,8 @@ class SecureDevices:
         signed_manifest.check_manifest(self.trust, signed_manifest.sign_manifest(self._operator, manifest, None))
         consistency.check_consistency(manifest)
         self._identities: dict[DeviceId, Identity] = {}
+        self._sent: Counter[DeviceId] = Counter()
+        self._received: Counter[DeviceId] = Counter()
         folder.mkdir(parents=True, exist_ok=True)
 
     def exchange(
@@ -46,6 +50,7 @@ class SecureDevices:
     ) -> Callable[[Stage, Iterator[tuple[DeviceId, bytes]]], Iterator[tuple[DeviceId, bytes]]]:
         """The transport of one round. The `lost` devices send keys and shares, and then no vector."""
         members: dict[DeviceId, Member] = {}
+        self._sent, self._received = Counter(), Counter()
 
         def exchange(stage: Stage, requests: Iterator[tuple[DeviceId, bytes]]) -> Iterator[tuple[DeviceId, bytes]]:
             for device, request in requests:
@@ -54,14 +59,25 @@ class SecureDevices:
                 if stage is Stage.CONTRIBUTE and device in lost:
                     continue
                 try:
-                    yield device, members[device].answer(request)
+                    answer = members[device].answer(request)
                 except (ProtocolError, PrivacyBudgetError) as error:
                     self._tell(f"{device} gave up the round: {error}")
                     continue
+                self._sent[device] += len(answer)
+                self._received[device] += len(request)
+                yield device, answer
                 if stage is Stage.CONTRIBUTE:
                     on_answer()
 
         return exchange
+
+    def with_traffic(self, report: RoundReport) -> RoundReport:
+        """The report of the last round with the bytes that really passed: of the device that sent most."""
+        return replace(
+            report,
+            upload_bytes_per_device=max(self._sent.values()),
+            download_bytes_per_device=max(self._received.values()),
+        )
 
     def _member(self, device: DeviceId) -> Member:
         run = self._setup.run

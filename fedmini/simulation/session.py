@@ -81,6 +81,8 @@ class Session:
 
     def on_round(self, state: ServerState, report: RoundReport) -> None:
         """Commit a round: the state first, then what a reader may know of it."""
+        if self._secure is not None:
+            report = self._secure.with_traffic(report)
         self._history.append(_metrics_line(report))
         self._commit(state)
         self._pace = replace(
