@@ -12,6 +12,11 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import pytest
 from hypothesis import settings
 
+# No deadline: the machines are shared, and a slow example is no defect. CI repeats the same examples every time.
+settings.register_profile("fedmini", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.register_profile("fuzz", deadline=None, derandomize=False)  # minutes of the same examples would be wasted
+settings.load_profile("fedmini")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -26,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def fuzz_minutes(request: pytest.FixtureRequest) -> float:
     """How long each parser is attacked; 0 within `make test`, where a number of inputs says it."""
     return request.config.getoption("--fuzz-minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fuzz-minutes"):
+        settings.load_profile("fuzz")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,11 +60,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 terminalreporter.write_line(
                     f"{parser:40} {num_inputs:10,} inputs {rate:8,.0f} a second {peak / 2**20:8.2f} MiB"
                 )
-
-
-# No deadline: the machines are shared, and a slow example is no defect. CI repeats the same examples every time.
-settings.register_profile("fedmini", deadline=None, derandomize=bool(os.environ.get("CI")))
-settings.load_profile("fedmini")
 
 
 @pytest.fixture(autouse=True)

@@ -99,16 +99,16 @@ def _change_tree(draw: st.DrawFn, holder: list[Any], form: Form, seeds: st.Searc
         case "delete":
             del container[place]
         case "repeat" if isinstance(container, list):
-            times = (0, 2, 3, 200 if len(nodes) < 1000 else 1)[number % 4]
+            times = (0, 2, 3, 200 if len(nodes) < 100 else 2)[number % 4]
             container[place : place + 1] = [_copied(container[place]) for _ in range(times)]
         case "repeat":
-            container[f"{place}{number % 3}"] = container[place]
+            container[f"{place}{number % 3}"] = _copied(container[place])
         case "swap":
             other, elsewhere = nodes[number % len(nodes)]
             first, second = _copied(container[place]), _copied(other[elsewhere])
             container[place], other[elsewhere] = second, first
         case "wrap":
-            for _ in range((1, 2, 5, 300)[number % 4]):
+            for _ in range((1, 2, 5, 100)[number % 4]):
                 container[place] = [container[place]]
 
 
@@ -126,13 +126,12 @@ def _nudged(value: Any, number: int) -> Any:
         case bool() | None:
             return not value
         case int():
-            return (value + 1, value - 1, -value, 2 * value, float(value), value + 2**31)[number % 6]
+            return (value + 1, value - 1, -value, 2 * value, float(min(value, 2**53)), value + 2**31)[number % 6]
         case float():
             return (-value, 2 * value, value / 3, math.nextafter(value, math.inf), 1e300 * value)[number % 5]
         case str():
-            return (value[1:], value + "0", value.upper(), value[::-1], value[: len(value) // 2], " " + value)[
-                number % 6
-            ]
+            half = len(value) // 2
+            return (value[1:], value + "0", value.upper(), value[::-1], value[:half], " " + value)[number % 6]
         case bytes():
             flipped = bytearray(value or b"\0")
             flipped[number % len(flipped)] ^= 1 << number % 8
@@ -184,20 +183,10 @@ _containers = st.sampled_from(
 _declared = st.builds(
     lambda kind, length: _header(*kind, length),
     st.sampled_from(
-        (
-            (0xC4, "B"),
-            (0xC5, "H"),
-            (0xC6, "I"),
-            (0xD9, "B"),
-            (0xDA, "H"),
-            (0xDB, "I"),
-            (0xC7, "B"),
-            (0xC8, "H"),
-            (0xC9, "I"),
-        )
+        ((0xC4, "B"), (0xC5, "H"), (0xC6, "I"), (0xD9, "B"), (0xDA, "H"), (0xDB, "I"), (0xC7, "B"), (0xC8, "H"), (0xC9, "I"))
     ),
     _LENGTHS,
-)
+)  # fmt: skip
 _small = st.sampled_from(
     (b"\x90", b"\x80", b"\xa0", b"\xc0", b"\x91\xc0", b"\x91\x91\xc0", b"\xa2\xc4\x80", b"\xa4\xf0\x9f\x98\x80", b"\xc4\x00",
      b"\xc4\x02ab", b"\xcd\x80\x80", b"\xcb\x7f\xf0\0\0\0\0\0\0", b"\xd4\x01a", b"\xc1", b"\x91" * 40 + b"\xc0")
@@ -258,21 +247,26 @@ JSON = Form(json.loads, _json, _JSON_ATOMS, _JSON_BOMBS)
 JSON_LINE = Form(json.loads, _json_line, _JSON_ATOMS, _JSON_BOMBS)
 
 
+def _lines(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def _dump_lines(tree: Any) -> bytes:
+    return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in tree)
+
+
 def _entries(content: bytes) -> list[dict[str, Any]]:
     """The lines of a ledger without what links them."""
-    return [
-        {key: value for key, value in json.loads(line).items() if key not in (*chain.LINK, "check")}
-        for line in content.splitlines()
-    ]
+    links = (*chain.LINK, "check")
+    return [{key: value for key, value in line.items() if key not in links} for line in _lines(content)]
 
 
-def _chained(entries: Any) -> bytes:
-    return chain.encode(chain.link([], entries))
+def _dump_entries(tree: Any) -> bytes:
+    return chain.encode(chain.link([], tree))
 
 
-LEDGER = Form(lambda content: [json.loads(line) for line in content.splitlines()], lambda tree: b"".join(map(_json_line, tree)),
-              _JSON_ATOMS, _JSON_BOMBS)  # fmt: skip
-LEDGER_CHAINED_ANEW = Form(_entries, _chained, _JSON_ATOMS, _JSON_BOMBS)
+LEDGER = Form(_lines, _dump_lines, _JSON_ATOMS, _JSON_BOMBS)
+LEDGER_CHAINED_ANEW = Form(_entries, _dump_entries, _JSON_ATOMS, _JSON_BOMBS)
 
 TOML = Form(
     load=lambda content: tomllib.loads(content.decode()),
@@ -294,15 +288,9 @@ PEM = Form(
     load=lambda content: content.decode("latin-1").split("\n"),
     dump=lambda tree: "\n".join(map(str, tree)).encode(),
     atoms=(
-        "",
-        "=",
-        "A" * 64,
-        "-----BEGIN PUBLIC KEY-----",
-        "-----END PUBLIC KEY-----",
-        "Proc-Type: 4,ENCRYPTED",
-        "MCowBQYDK2Vw",
+        "", "=", "A" * 64, "-----BEGIN PUBLIC KEY-----", "-----END PUBLIC KEY-----", "Proc-Type: 4,ENCRYPTED", "MCowBQYDK2Vw",
     ),
     bombs=st.builds(
         lambda text, times: text * times, st.sampled_from((b"A", b"-", b"=", b"\n", b"MA==", b"MIAA")), _REPEATED
     ),
-)
+)  # fmt: skip
