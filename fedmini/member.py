@@ -1,12 +1,14 @@
 """A device's side of every secure round of one run: requests in, answers out, its own ledger debited in between."""
 
 import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from fedmini import vectors
+from fedmini.errors import ProtocolError
 from fedmini.privacy import accounting
 from fedmini.privacy.device_ledger import DeviceLedger, DeviceRelease, LifetimeLimits
 from fedmini.secagg import wire
@@ -57,28 +59,44 @@ class Memory(Protocol):
         """What holds when a round begins. Raises a FedMiniError where this device takes part no longer."""
 
     def update(self, revocations: Revocations) -> None:
-        """Keep a newer list, durably, before the answer leaves that was given with it. Raises a FedMiniError."""
+        """Keep a newer list, before the answer leaves that was given with it. Raises a FedMiniError."""
+
+
+class ForThisProcess:
+    """A memory that ends with the process."""
+
+    def __init__(self, agreed: Agreed) -> None:
+        self._agreed = agreed
+
+    def agreed(self) -> Agreed:
+        """What was given, with the newest revocations."""
+        return self._agreed
+
+    def update(self, revocations: Revocations) -> None:
+        """Keep a newer list."""
+        self._agreed = replace(self._agreed, trust=self._agreed.trust.updated(revocations))
 
 
 class Member:
     """One device of a run. `contribute` computes what it gives to a task: `Device.contribute`, in the end.
 
-    Without a ledger (a run without privacy) it keeps no record, and takes part in whatever it is asked for. Without a
-    memory what it learns of revoked devices is gone with it.
+    Without a ledger (a run without privacy) it keeps no record, and takes part in whatever it is asked for. One request
+    at a time: another thread's is refused while one is answered.
     """
 
     def __init__(
         self,
         identity: Identity,
-        agreed: Agreed,
+        memory: Memory,
         contribute: Callable[[TrainTask], Contribution],
         ledger: OwnLedger | None,
         random: Random = os.urandom,
-        memory: Memory | None = None,
     ) -> None:
-        self._identity, self._agreed, self._random = identity, agreed, random
-        self._contribute, self._ledger, self._memory = contribute, ledger, memory
+        self._identity, self._memory, self._random = identity, memory, random
+        self._contribute, self._ledger = contribute, ledger
+        self._agreed = memory.agreed()
         self._session: DeviceSession | None = None
+        self._answering = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Member({self._agreed.device_id!r}, {self._session})"
@@ -88,15 +106,27 @@ class Member:
 
         Raises a FedMiniError where this device takes no part, or the server breaks a rule: nothing leaves the device.
         """
-        if self._session is None or wire.is_invitation(request):
-            self.close()
-            if self._memory is not None:
-                self._agreed = self._memory.agreed()
-            self._session = DeviceSession(self._identity, self._agreed, self, self._random)
+        if not self._answering.acquire(blocking=False):
+            raise ProtocolError("a request came while another one is answered: one at a time")
         try:
-            return self._session.step(request)
+            if self._session is None or wire.is_invitation(request):
+                self._agreed = self._memory.agreed()
+                self._begin()
+            return self._step(request)
         finally:
-            self._learn(self._session.agreed)
+            self._answering.release()
+
+    def _begin(self) -> None:
+        self.close()
+        self._session = DeviceSession(self._identity, self._agreed, self, self._random)
+
+    def _step(self, request: bytes) -> bytes:
+        session = self._session
+        assert session is not None
+        try:
+            return session.step(request)
+        finally:
+            self._learn(session.agreed)
 
     def close(self) -> None:
         """Give up the round that goes on, if one does, and erase its secrets."""
@@ -107,7 +137,7 @@ class Member:
     def _learn(self, agreed: Agreed) -> None:
         """Keep the newest revocations that a session has seen; where that fails, it is over."""
         newest = agreed.trust.revocations
-        if self._memory is not None and newest is not None and newest != self._agreed.trust.revocations:
+        if newest is not None and newest != self._agreed.trust.revocations:
             try:
                 self._memory.update(newest)
             except BaseException:
@@ -124,8 +154,7 @@ class Member:
         """What a session asks for once the roster is fixed: the debit first, then the training."""
         manifest = self._agreed.manifest
         adapter = vectors.from_bytes(model, manifest.template)
-        if self._memory is not None:
-            self._memory.agreed()  # its owner may have left the run since the round began
+        self._memory.agreed()  # its owner may have left the run since the round began
         if self._ledger is not None:
             self._ledger.debit(manifest, context)
         task = TrainTask(manifest.hash, context.round_num, context.attempt, adapter)

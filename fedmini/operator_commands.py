@@ -92,9 +92,9 @@ def revoke(
         revocations = opened.revoke(name)
     typer.echo(f"Revoked {name}: it is on the list of revocations number {revocations.sequence} now.")
     typer.echo(
-        f"Next: give {_quoted(folder / 'revocations.json')} to the server, which passes it on in the next round; and sign the\n"
-        "manifests of running runs again, so that a server that keeps it back finds no new devices:\n"
-        f"  fedmini operator sign-manifest {_quoted(folder)} MANIFEST.json"
+        f"Next: give {_quoted(folder / 'revocations.json')} to the server, which passes it on in the next round.\n"
+        "A server that lies can keep it back from devices that have not seen it: in runs whose manifest was signed before, and\n"
+        "with that old signature. Manifests of new runs are signed with it; where a server is suspected, end its runs."
     )
 
 

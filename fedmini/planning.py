@@ -117,6 +117,17 @@ def _n_honest(config: RunConfig) -> int:
     return n_honest
 
 
+def _check_corrupt(config: RunConfig, n_honest: int) -> None:
+    """Raise ConfigError where shared noise counts on a sum that more corrupt devices than that could take apart."""
+    least = config.rounds.min_survivors or config.rounds.cohort_size
+    shared = [section for _, section in _protected(config) if section.noise == "shared"]
+    if shared and 3 * (least - n_honest) > least:
+        raise ConfigError(
+            f"{least - n_honest} of min_survivors = {least} devices may be corrupt by rounds.assumed_corrupt_fraction, and "
+            "secure aggregation holds against a third at most: lower it"
+        )
+
+
 def _plan_unit(
     unit: Unit, section: ExamplePrivacy | DevicePrivacy, config: RunConfig, num_coordinates: int, cache_dir: Path | None
 ) -> UnitPlan:
@@ -152,6 +163,7 @@ def _release_plan(
     config: RunConfig, local: LocalPlan, units: dict[Unit, UnitPlan], num_coordinates: int, num_metrics: int
 ) -> ReleasePlan:
     rounds = config.rounds
+    _check_corrupt(config, _n_honest(config))
     example, device = units.get("example"), units.get("device")
     most_asked = num_asked(rounds.cohort_size, rounds.over_selection)
     most_drawn = max(local.expected_batch_size, local.sampling_rate * config.data.max_examples_per_device)

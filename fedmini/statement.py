@@ -157,8 +157,9 @@ def _assumes(unit: UnitPlan, manifest: Manifest) -> list[str]:
         found.append("nobody but the device sees which examples it drew")
     if unit.noise == "shared":
         found.append(
-            f"at least {unit.num_shares} honest devices add their share in every round "
-            f"(of at least {manifest.release.min_survivors} survivors)"
+            f"at least {unit.num_shares} honest devices add their share in every round (of at least "
+            f"{manifest.release.min_survivors} survivors): at most {manifest.release.min_survivors - unit.num_shares} of all "
+            "devices work against the others, as a server that lies chooses whom it invites and who drops"
         )
         found.append("the server sees the sum and no single contribution (secure aggregation)")
     if unit.noise == "server":

@@ -8,7 +8,7 @@ import pytest
 
 from fedmini import config, planning, vectors
 from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError
-from fedmini.member import Member, OwnLedger
+from fedmini.member import ForThisProcess, Member, OwnLedger
 from fedmini.privacy.device_ledger import DeviceLedger, LifetimeLimits
 from fedmini.secagg import masks
 from fedmini.secagg.checks import Agreed
@@ -53,7 +53,7 @@ class Phones:
         self.members = {
             device: Member(
                 tiny_trust.enrol(operator, device),
-                Agreed(device, manifest, self.trust),
+                ForThisProcess(Agreed(device, manifest, self.trust)),
                 lambda task, device=device: self._train(device, task),
                 OwnLedger(folder / f"{device}.jsonl", limits),
             )
@@ -177,3 +177,17 @@ def test_the_repr_of_a_member_shows_its_name_and_stage_only(tmp_path: Path) -> N
     assert repr(phones.members["anna"]) == "Member('anna', DeviceSession('anna', DONE))"
     phones.members["anna"].close()
     assert repr(phones.members["anna"]) == "Member('anna', None)"
+
+
+def test_a_request_that_comes_while_another_is_answered_is_refused(tmp_path: Path) -> None:
+    phones = Phones(tmp_path, a_manifest())
+    found: list[str] = []
+
+    def train(device: DeviceId, task: TrainTask) -> Contribution:
+        with pytest.raises(ProtocolError, match="one at a time") as refused:
+            phones.members[device].answer(b"another")
+        found.append(str(refused.value))
+        return Contribution(phones.vector)
+
+    phones._train = train  # type: ignore[method-assign]
+    assert phones.round(1).num_devices == len(found) == 3

@@ -181,7 +181,7 @@ class Enrolment:
         agreed = memory.agreed()
         floors.check(agreed.manifest, self.limits)
         ledger = OwnLedger(self.folder / records.LEDGER, self.lifetime)
-        return Member(self.identity, agreed, contribute, ledger, memory=memory)
+        return Member(self.identity, memory, contribute, ledger)
 
     def close(self) -> None:
         """No member answers any more, and nothing is kept. Closing twice is fine."""

@@ -122,6 +122,8 @@ def _check_counts(manifest: Manifest) -> None:
     within("release.cohort_size", release.cohort_size, 1, release.max_devices)
     within("release.min_survivors", release.min_survivors, 1, release.cohort_size)
     within("release.n_honest", release.n_honest, 1, release.min_survivors)
+    if any(unit.noise == "shared" for unit in release.units):  # more corrupt devices could take a sum apart
+        within("release.n_honest", release.n_honest, math.ceil(2 * release.min_survivors / 3), release.min_survivors)
 
 
 def _check_noise(unit: UnitPlan, manifest: Manifest) -> None:

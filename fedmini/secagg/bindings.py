@@ -36,8 +36,8 @@ class Secrets:
 
     def erase(self) -> None:
         """Overwrite all three."""
-        keys.erase(self.seed)
-        self.seed = bytearray()
+        seed, self.seed = self.seed, bytearray()
+        keys.erase(seed)
         self.mask_key.erase()
         self.share_key.erase()
 

@@ -52,13 +52,15 @@ def stage(expected: Stage, got: Stage) -> None:
 
 
 def manifest(context: Context, agreed: Agreed) -> None:
-    """The session is about the manifest that this device agreed to."""
+    """The session is about the manifest that this device agreed to, and one of its rounds."""
     expected = (agreed.manifest.run_id, agreed.manifest_hash)
     if (context.run_id, context.manifest_hash) != expected:
         raise ProtocolError(
             f"the session is about run {context.run_id!r} with manifest {context.manifest_hash.hex()[:12]}, this device "
             f"agreed to {expected[0]!r} with {expected[1].hex()[:12]}"
         )
+    if not 1 <= context.round_num <= agreed.manifest.num_rounds:  # one far off would use up all that come before it
+        raise ProtocolError(f"expected a round from 1 to {agreed.manifest.num_rounds}, got {context.round_num}")
 
 
 def invited(context: Context, agreed: Agreed) -> None:
@@ -103,7 +105,7 @@ def roster(adverts: Sequence[Advert], own: Advert, context: Context) -> None:
 
 
 def distinct_keys(adverts: Sequence[Advert]) -> None:
-    """No key comes twice: one device that stands for two would hold two shares."""
+    """No key comes twice: one device that stands for two would count twice among those that agree."""
     found = [key for advert in adverts for key in (advert.mask_key, advert.share_key)]
     found += [advert.certificate.device_key for advert in adverts]
     if len(set(found)) != len(found):

@@ -57,8 +57,8 @@ class SecretKey:
 
     def erase(self) -> None:
         """Overwrite the key. It can't be used afterwards."""
-        erase(self._scalar)
-        self._scalar = bytearray()
+        scalar, self._scalar = self._scalar, bytearray()
+        erase(scalar)
 
     def _private(self) -> X25519PrivateKey:
         if len(self._scalar) != KEY_BYTES:

@@ -1,7 +1,8 @@
 """Shamir's secret sharing over the integers mod 2**255 - 19: any `threshold` shares give the secret, fewer say nothing.
 
 A share is the value at a holder's index of a random polynomial whose value at 0 is the secret (doi:10.1145/359168.359176).
-Python's integers are not constant in time; nobody but the dealer itself can time a split, and a combined secret is known.
+Python's integers are not constant in time: who times a dealer's answer may learn a little of its fresh coefficients and secret,
+of which every session draws new ones; a secret that is combined is known to the server anyway.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedmini.errors import ConfigError, PrivacyBudgetError, ProtocolError
-from fedmini.member import Member, OwnLedger
+from fedmini.member import ForThisProcess, Member, OwnLedger
 from fedmini.privacy import consistency
 from fedmini.privacy.device_ledger import LifetimeLimits
 from fedmini.secagg import checks, signed_manifest, signing_keys, trust
@@ -86,7 +86,7 @@ class SecureDevices:
             name = hashlib.sha256(device.encode()).hexdigest()[:16]
             ledger = OwnLedger(self._folder / f"{name}.jsonl", NO_LIMIT, run.is_replayed)
         agreed = Agreed(device, run.manifest, self.trust)
-        return Member(self._identity(device), agreed, self._setup.devices[device].contribute, ledger)
+        return Member(self._identity(device), ForThisProcess(agreed), self._setup.devices[device].contribute, ledger)
 
     def _identity(self, device: DeviceId) -> Identity:
         if device not in self._identities:

@@ -34,7 +34,7 @@ def a_manifest(
     )  # fmt: skip
     return Manifest(
         "run", "f" * 64, LoraShape(4, 8.0, ("v_proj",), None, "B", 0), (("w", MODEL_SHAPE),),
-        LocalPlan(1, 0.5, 4.0, 1.0, "sgd", 64, detach_prefix=False), release, 3, (),
+        LocalPlan(1, 0.5, 4.0, 1.0, "sgd", 64, detach_prefix=False), release, 100, (),
     )  # fmt: skip
 
 

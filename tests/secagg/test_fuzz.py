@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, x25519
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fedmini import floors, manifest_file, planning
+from fedmini import enrolment, floors, manifest_file, operator_keys, planning
 from fedmini.config import dump_run_config, load_device_config, load_run_config
 from fedmini.errors import ConfigError, FedMiniError, StateError, UpdateError
 from fedmini.privacy.device_ledger import DeviceLedger, DeviceRelease, LifetimeLimits
@@ -294,6 +294,50 @@ def ledger_parser(name: str, form: Form) -> Parser:
     return Parser(name, ledger_reader, seeds, form, 150, is_foreign=False)
 
 
+@cache
+def enrolled_device(folder: Path) -> Path:
+    """A device's folder with something in every file."""
+    path = folder / "device"
+    certificate = trust.certify(OPERATOR, "anna", operator_keys.create_device(path))
+    enrolment.enrol(path, certificate, TRUST.operator_key)
+    with enrolment.opened(path) as device:
+        device.update(REVOCATIONS)
+        device.follow(
+            [ROTATION],
+            trust.revoke(SUCCESSOR, REVOCATIONS, ()),
+            trust.certify(SUCCESSOR, "anna", certificate.device_key),
+        )
+    signed = signed_manifest.sign_manifest(SUCCESSOR, manifests(folder)[0], REVOCATIONS)
+    (path / "manifests" / f"{signed.manifest.hash}.json").write_bytes(trust_text.write_signed_manifest(signed))
+    return path
+
+
+def device_file_parser(pattern: str) -> Parser:
+    """A device opens its folder, in which this file is another one."""
+
+    def seeds(folder: Path) -> st.SearchStrategy[bytes]:
+        (path,) = enrolled_device(folder).glob(pattern)
+        return st.just(path.read_bytes())
+
+    def prepare(folder: Path) -> Read:
+        (path,) = enrolled_device(folder).glob(pattern)
+        valid = path.read_bytes()
+
+        def read(content: bytes) -> None:
+            path.write_bytes(content)
+            try:
+                with enrolment.opened(enrolled_device(folder)):
+                    pass
+            finally:
+                path.write_bytes(valid)
+
+        return read
+
+    return Parser(
+        f"enrolment.opened, {pattern}", prepare, seeds, mutation.JSON_LINE, 60, memory=2**23, is_foreign=False
+    )
+
+
 LIMITS = replace(floors.COMPILED, max_epsilon=100.0, max_target_delta=0.1, allow_no_privacy=True)
 
 
@@ -364,6 +408,7 @@ PARSERS = (
     file_parser(
         "signing_keys.read_private", lambda content: signing_keys.read_private(content, None), private_keys, mutation.PEM
     ),
+    *map(device_file_parser, ("certificate.json", "rotations.json", "revocations.json", "manifests/*.json")),
     ledger_parser("DeviceLedger.open", mutation.LEDGER),
     ledger_parser("DeviceLedger.open, chained anew", mutation.LEDGER_CHAINED_ANEW),
     config_parser("load_device_config", take_limits, lambda _: DEVICE_CONFIG),

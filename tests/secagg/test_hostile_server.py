@@ -18,7 +18,7 @@ import pytest
 from fedmini import floors
 from fedmini.errors import CohortError, ProtocolError
 from fedmini.floors import Limits
-from fedmini.member import Member, OwnLedger
+from fedmini.member import ForThisProcess, Member, OwnLedger
 from fedmini.privacy import accounting, clipping, encoding, noise
 from fedmini.privacy.accounting import UnitRequest
 from fedmini.privacy.device_ledger import LifetimeLimits
@@ -995,7 +995,12 @@ def hold_two_sessions_of_one_round(cohort: Cohort, folder: Path) -> np.ndarray:
     """
     for device in cohort.devices:
         ledger = OwnLedger(folder / device, LifetimeLimits(10.0, 1e-5))
-        member = Member(cohort.identities[device], cohort.sessions[device].agreed, cohort.owners[device].answer, ledger)
+        member = Member(
+            cohort.identities[device],
+            ForThisProcess(cohort.sessions[device].agreed),
+            cohort.owners[device].answer,
+            ledger,
+        )
         cohort.sessions[device] = SimpleNamespace(step=member.answer)
     first = cohort.run().cohort_sum.total
     cohort.context = cohort.context_of(round_num=1, devices=cohort.devices[1:])
