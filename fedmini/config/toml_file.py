@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,12 +53,34 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text") from error
     try:
-        values = tomllib.loads(text)
+        values = _loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
     return values
+
+
+def _loads(text: str) -> dict[str, Any]:
+    """TOML as values. Raises TOMLDecodeError, and ConfigError for what no setting could mean."""
+    try:
+        values = tomllib.loads(text)
+        size = max((number.bit_length() for number in _integers(values)), default=0)
+    except tomllib.TOMLDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, lists in lists in lists
+        raise ConfigError("the TOML holds a number that is too long, or is nested too deeply") from error
+    if size > 63:
+        raise ConfigError("the TOML holds an integer of more than 64 bits")
+    return values
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _integers(item)
 
 
 def _parse(whole: type[AnySection], values: Mapping[str, Any], origin: str) -> AnySection:
@@ -75,7 +97,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"--set expects section.key=value, got {override!r}")
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        value = _loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
     table = values
@@ -92,11 +114,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     def absolute(source: str) -> str:
         is_file = source.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
-        return str(folder / Path(source).expanduser()) if is_file else source
+        return str(_absolute(Path(source), folder)) if is_file else source
 
     base = config.base
     if base.path is not None:
-        base = base.model_copy(update={"path": folder / base.path.expanduser()})
+        base = base.model_copy(update={"path": _absolute(base.path, folder)})
     return config.model_copy(
         update={
             "base": base,
@@ -104,6 +126,13 @@ def _absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
             "evaluation": config.evaluation.model_copy(update={"source": absolute(config.evaluation.source)}),
         }
     )
+
+
+def _absolute(path: Path, folder: Path) -> Path:
+    try:
+        return folder / path.expanduser()
+    except RuntimeError as error:  # "~nobody/..."
+        raise ConfigError(f"{path}: there is no such user here") from error
 
 
 def _explain(problem: Any, whole: type[Section]) -> str:

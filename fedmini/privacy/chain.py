@@ -6,7 +6,8 @@ What a chain can't show is that its end is missing: `ChainFile.verify` compares 
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,40 @@ Line = dict[str, Any]
 
 GENESIS = "0" * 64
 LINK = ("seq", "prev")
+STATES = ("DEBITED", "RECOVERED")
 EVENT = ("unit", "noise", "adjacency", "z_eff", "sampling_rate", "num_steps", "clip_norm")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+# A chain has no key: who can write the file can chain anything. What can't be true is refused here, and by our own error.
+POSSIBLE: Mapping[str, Callable[[Any], bool]] = {
+    "run_id": _is_text,
+    "round": _is_count,
+    "attempt": _is_count,
+    "state": lambda value: _is_text(value) and value in STATES,
+    "roster_hash": _is_text,
+    "manifest_hash": _is_text,
+    "unit": lambda value: _is_text(value) and value in ADJACENCY,
+    "noise": lambda value: _is_text(value) and value in ("local", "shared", "server"),
+    "adjacency": _is_text,
+    "z_eff": _is_positive,
+    "sampling_rate": lambda value: _is_positive(value) and value <= 1,
+    "num_steps": lambda value: _is_count(value) and value >= 1,
+    "clip_norm": _is_positive,
+    "participation": lambda value: _is_count(value) and value >= 1,
+    "seeded": lambda value: type(value) is bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +146,8 @@ def _decode(raw: bytes, before: LedgerPosition, path: Path, line_format: LineFor
             and line["check"] == _check(line)
             and _encode_line(line) == raw
             and (line["seq"], line["prev"]) == (before.seq + 1, before.hash)
+            and all(POSSIBLE[key](line[key]) for key in line_format.content if key in POSSIBLE)
+            and ("adjacency" not in line or line["adjacency"] == ADJACENCY[line["unit"]])
         )
     except (ValueError, TypeError, AttributeError, RecursionError):
         intact = False
