@@ -9,6 +9,8 @@ from fedmini.config import DevicePrivacy, ExamplePrivacy, RunConfig
 from fedmini.errors import ConfigError
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.accounting import CalibrationRequest, UnitRequest
+from fedmini.secagg.checks import lowest_threshold
+from fedmini.secagg.messages import MAX_DEVICES
 from fedmini.server_step import ServerPlan, num_asked
 from fedmini.types import LocalPlan, LoraShape, Manifest, NoiseSource, ReleasePlan, Template, Unit, UnitPlan
 
@@ -128,6 +130,23 @@ def _check_corrupt(config: RunConfig, n_honest: int) -> None:
         )
 
 
+def _check_secure(config: RunConfig) -> None:
+    """Raise ConfigError where secure aggregation could not end a round that the run's own settings allow."""
+    rounds = config.rounds
+    most_asked = num_asked(rounds.cohort_size, rounds.over_selection)
+    if most_asked > MAX_DEVICES:
+        raise ConfigError(
+            f"secure aggregation takes at most {MAX_DEVICES} devices a round, rounds.cohort_size * rounds.over_selection "
+            f"is {most_asked}: lower one of the two, or leave --secure (simulation.secure) away"
+        )
+    threshold, least = lowest_threshold(most_asked), rounds.min_survivors or rounds.cohort_size
+    if least < threshold:
+        raise ConfigError(
+            f"of {most_asked} devices that are asked, secure aggregation needs {threshold} to stay, and min_survivors is "
+            f"{least}: raise rounds.min_survivors, or lower rounds.over_selection"
+        )
+
+
 def _plan_unit(
     unit: Unit, section: ExamplePrivacy | DevicePrivacy, config: RunConfig, num_coordinates: int, cache_dir: Path | None
 ) -> UnitPlan:
@@ -164,6 +183,8 @@ def _release_plan(
 ) -> ReleasePlan:
     rounds = config.rounds
     _check_corrupt(config, _n_honest(config))
+    if config.simulation.secure:
+        _check_secure(config)
     example, device = units.get("example"), units.get("device")
     most_asked = num_asked(rounds.cohort_size, rounds.over_selection)
     most_drawn = max(local.expected_batch_size, local.sampling_rate * config.data.max_examples_per_device)

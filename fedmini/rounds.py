@@ -63,6 +63,7 @@ def run_round(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledge
         try:
             return _attempt(state, run, sum_cohort, ledger, attempt)
         except _LostCohortError as error:
+            state = replace(state, participations=_participations(state, error.roster, counted=False))
             if _num_lost(state, run, ledger, attempt) > run.server.spare_attempts:
                 raise CohortError(
                     f"round {round_num}: {error}, and no spare attempt is left; "
@@ -82,7 +83,11 @@ def _num_lost(state: ServerState, run: Run, ledger: Ledger, attempt: int) -> int
 
 
 class _LostCohortError(CohortError):
-    """Too few devices were left *after* the debit."""
+    """Too few devices of a roster were left *after* the debit."""
+
+    def __init__(self, message: str, roster: Roster) -> None:
+        super().__init__(message)
+        self.roster = roster
 
 
 def _attempt(
@@ -110,7 +115,7 @@ def _attempt(
         cohort = sum_cohort(chosen, task, debit)
     except CohortError as error:
         if rosters:
-            raise _LostCohortError(str(error)) from error
+            raise _LostCohortError(str(error), rosters[0]) from error
         raise CohortError(f"round {round_num}: {error}") from error
     if not rosters:
         raise CohortError(f"round {round_num}: a sum came, but no roster was ever fixed")
@@ -120,14 +125,15 @@ def _attempt(
         )
     if cohort.num_devices < release.min_survivors:
         raise _LostCohortError(
-            f"{cohort.num_devices} devices were left, {release.min_survivors} are needed; what was debited stays spent"
+            f"{cohort.num_devices} devices were left, {release.min_survivors} are needed; what was debited stays spent",
+            rosters[0],
         )
     total = _noised_by_server(cohort, run, round_num, attempt)
     mean = total[: manifest.num_coordinates - release.num_metrics] / sums.mean_denominator(manifest)
     new_state = replace(
         server_step(state, mean, manifest, run.server),
         round_num=round_num,
-        participations=_participations(state, rosters[0]),
+        participations=_participations(state, rosters[0], counted=True),
         ledger=ledger.position,
     )
     report = _report(run, total, mean, cohort, ledger)
@@ -173,7 +179,8 @@ def _may_take_part(state: ServerState, device: DeviceId, max_participations: int
     past = state.participations.get(device)
     if past is None:
         return True
-    return past.count < max_participations and state.round_num + 1 - past.last_round >= min_separation
+    since = state.round_num + 1 - past.last_round
+    return past.count < max_participations and (since >= min_separation or since == 0)  # 0: another attempt
 
 
 def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None:
@@ -210,11 +217,12 @@ def _noised_by_server(cohort: CohortSum, run: Run, round_num: int, attempt: int)
     return integers / release.scale
 
 
-def _participations(state: ServerState, roster: Roster) -> dict[DeviceId, Participation]:
+def _participations(state: ServerState, roster: Roster, *, counted: bool) -> dict[DeviceId, Participation]:
+    """Who took part how often, and when last. A lost attempt isn't counted, but its devices remember when it was."""
     after = dict(state.participations)
     for device in roster.devices:
         count = after[device].count if device in after else 0
-        after[device] = Participation(count + 1, roster.round_num)
+        after[device] = Participation(count + counted, roster.round_num)
     return after
 
 

@@ -340,6 +340,16 @@ NOT_A_DEVICES_MATTER = {
 }
 
 
+@pytest.mark.parametrize("mode", ["example-shared", "device-shared"])
+def test_shared_noise_that_counts_on_fewer_than_two_thirds_is_refused(mode: str, folder: Path) -> None:
+    """More corrupt devices than a third could take the sum apart: epsilon would not hold under its own assumption."""
+    manifest = honest(mode, folder)
+    least = manifest.release.min_survivors
+    too_few = changed(manifest, "release.n_honest", lambda _: -(-2 * least // 3) - 1)
+    with pytest.raises(ProtocolError, match=r"release\.n_honest"):
+        consistency.check_consistency(too_few)
+
+
 def test_every_field_of_a_manifest_has_a_cheat_or_a_reason_to_have_none() -> None:
     every = {field.name for field in fields(Manifest)} - {"local", "release"}
     every |= {f"local.{field.name}" for field in fields(LocalPlan)}

@@ -172,3 +172,20 @@ def test_noise_beyond_the_samplers_reach_is_refused_before_anything_is_debited(t
     privacy = {"device": {"noise": "server", "clip_norm": 1.0, "noise_multiplier": 1000.0, "target_delta": 1e-5}}
     with pytest.raises(ConfigError, match="noise multiplier"):
         a_manifest(a_config(tmp_path, "none", privacy=privacy))
+
+
+def test_assuming_more_corrupt_devices_than_secure_aggregation_bears_is_refused_for_shared_noise() -> None:
+    values = {
+        "run": {"name": "test"},
+        "base": {"name": "smollm2-135m-q4"},
+        "data": {"source": "x.jsonl", "held_out_devices": 1},
+        "local": {"sampling_rate": 0.5, "expected_batch_size": 4.0},
+        "rounds": {"num_rounds": 3, "cohort_size": 10, "assumed_corrupt_fraction": 0.4},
+    }
+    unit = {"clip_norm": 1.0, "noise_multiplier": 1.0, "target_delta": 1e-5}
+    base = planning.Base("base", (("w", (3, 2)),))
+    shared = config.parse_run_config(values | {"privacy": {"device": unit | {"noise": "shared"}}})
+    with pytest.raises(ConfigError, match=r"4 of min_survivors = 10 devices may be corrupt .* a third at most"):
+        planning.make_manifest(shared, "run", base, None)
+    local = config.parse_run_config(values | {"privacy": {"example": unit | {"noise": "local"}}})
+    assert planning.make_manifest(local, "run", base, None).release.n_honest == 6

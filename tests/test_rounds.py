@@ -145,6 +145,50 @@ def test_too_few_devices_before_the_debit_cost_nothing(ledger: Ledger) -> None:
     assert ledger.num_debits == 0
 
 
+def test_an_error_of_the_seam_before_the_debit_ends_the_round_and_costs_nothing(ledger: Ledger) -> None:
+    def sum_cohort(chosen: Sequence[DeviceId], task: TrainTask, debit: Debit) -> CohortSum:
+        raise CohortError("3 devices sent their keys; nothing was spent")
+
+    run = a_run({"rounds": {"num_rounds": 3, "cohort_size": 8, "min_survivors": 5, "spare_attempts": 5}})
+    with pytest.raises(CohortError, match=r"^round 1: 3 devices sent their keys; nothing was spent$"):
+        rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
+    assert ledger.num_debits == 0
+
+
+def test_an_error_of_the_seam_after_the_debit_is_a_lost_attempt_and_a_spare_one_follows(ledger: Ledger) -> None:
+    run = a_run({"rounds": {"num_rounds": 3, "cohort_size": 8, "min_survivors": 5, "spare_attempts": 2}})
+    attempts = []
+
+    def sum_cohort(chosen: Sequence[DeviceId], task: TrainTask, debit: Debit) -> CohortSum:
+        attempts.append(task.attempt)
+        debit(Roster("test-run", task.round_num, task.attempt, tuple(sorted(chosen))))
+        if len(attempts) < 3:
+            raise CohortError("4 devices sent their vectors")
+        return CohortSum(np.zeros(run.manifest.num_coordinates, np.uint32), 8)
+
+    state, _ = rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
+    assert attempts == [0, 1, 2] and ledger.num_debits == 3 and state.round_num == 1
+
+
+def test_devices_of_a_lost_attempt_may_come_to_the_next_one_and_then_pause(ledger: Ledger) -> None:
+    changes = {"num_rounds": 3, "cohort_size": 12, "min_survivors": 5, "min_separation": 2, "spare_attempts": 1}
+    run = a_run({"rounds": changes})
+    lost: list[tuple[DeviceId, ...]] = []
+
+    def sum_cohort(chosen: Sequence[DeviceId], task: TrainTask, debit: Debit) -> CohortSum:
+        roster = tuple(sorted(chosen))[: 12 - 6 * task.attempt]  # all of them, then half
+        debit(Roster("test-run", task.round_num, task.attempt, roster))
+        if task.attempt == 0:
+            lost.append(roster)
+            raise CohortError("lost")
+        return CohortSum(np.zeros(run.manifest.num_coordinates, np.uint32), 6)
+
+    state, _ = rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
+    assert len(lost[0]) == 12 and sorted(found.count for found in state.participations.values()) == [0] * 6 + [1] * 6
+    with pytest.raises(CohortError, match="0 of 12 devices may still take part"):
+        rounds.choose_cohort(state, run, 0)
+
+
 def test_a_cohort_lost_after_the_debit_stays_paid_for_and_a_spare_attempt_follows(ledger: Ledger) -> None:
     run = a_run({"rounds": {"num_rounds": 3, "cohort_size": 8, "min_survivors": 5, "spare_attempts": 1}})
     attempts = []

@@ -43,16 +43,23 @@ def ledger_content(folder: Path, output: str) -> list[tuple[Any, ...]]:
     return [tuple(line[name] for name in names) for line in read_ledger(folder / output / "ledger.jsonl")]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SimulationResult, SimulationResult]:
+    """The run with shared noise for examples, both ways, for those tests that only look at it."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, *both(folder, "example-shared")
+
+
 @pytest.mark.parametrize("privacy", sorted(tiny_run.PRIVACY))
 def test_secure_aggregation_gives_the_bits_of_the_direct_sum_in_every_mode(tmp_path: Path, privacy: str) -> None:
-    direct, secure = both(tmp_path, privacy)
+    direct, secure = both(tmp_path, privacy, {"rounds": {"num_rounds": 2}})
     assert adapter_bytes(tmp_path, "direct") == adapter_bytes(tmp_path, "secure")
     assert ledger_content(tmp_path, "direct") == ledger_content(tmp_path, "secure")
     assert [line["eval_loss"] for line in direct.history] == [line["eval_loss"] for line in secure.history]
 
 
 def test_with_dropouts_and_lost_attempts_the_bits_are_the_same_too(tmp_path: Path) -> None:
-    changes = {"rounds": {"num_rounds": 6, "min_survivors": 4, "dropout_rate": 0.3, "spare_attempts": 9}}
+    changes = {"rounds": {"num_rounds": 3, "min_survivors": 4, "dropout_rate": 0.3, "spare_attempts": 9}}
     direct, secure = both(tmp_path, "example-shared", changes)
     assert adapter_bytes(tmp_path, "direct") == adapter_bytes(tmp_path, "secure")
     assert ledger_content(tmp_path, "direct") == ledger_content(tmp_path, "secure")
@@ -62,8 +69,23 @@ def test_with_dropouts_and_lost_attempts_the_bits_are_the_same_too(tmp_path: Pat
     assert max(line[1] for line in ledger_content(tmp_path, "secure")) > 0, "no attempt was lost: choose another seed"
 
 
-def test_the_bytes_of_a_round_are_those_that_really_passed(tmp_path: Path) -> None:
-    direct, secure = both(tmp_path, "example-shared")
+def test_devices_of_a_lost_attempt_are_left_alone_as_long_as_they_would_refuse(tmp_path: Path) -> None:
+    """With two rounds between participations: who was in a lost attempt remembers it, and so must the server."""
+    rounds = {"num_rounds": 4, "cohort_size": 4, "min_survivors": 3, "min_separation": 2, "max_participations": 2,
+              "spare_attempts": 9, "dropout_rate": 0.3}  # fmt: skip
+    found = []
+    for secure in (False, True):
+        config = tiny_run.config(tmp_path, "example-shared", {"rounds": rounds, "simulation": {"secure": secure}})
+        options = SimulationOptions(cache_dir=tmp_path / "cache")
+        rows = tiny_run.rows(num_people=14)
+        simulation.simulate(config, data=rows, output=tmp_path / str(secure), options=options)
+        found.append((ledger_content(tmp_path, str(secure)), adapter_bytes(tmp_path, str(secure))))
+    assert found[0] == found[1]
+    assert max(line[1] for line in found[0][0]) > 0, "no attempt was lost: choose another seed"
+
+
+def test_the_bytes_of_a_round_are_those_that_really_passed(finished) -> None:
+    _, direct, secure = finished
     sent, received = (
         [(before[key], after[key]) for before, after in zip(direct.history[1:], secure.history[1:], strict=True)]
         for key in ("upload_bytes_per_device", "download_bytes_per_device")
@@ -111,14 +133,16 @@ def interrupt_after(num_devices: int) -> Callable[[Progress], None]:
 
 
 @pytest.mark.parametrize("num_devices", [1, 5, 8])
-def test_an_interrupted_seeded_run_goes_on_to_the_same_bits_at_no_cost(tmp_path: Path, num_devices: int) -> None:
-    both(tmp_path, "example-shared")
-    config = tiny_run.config(tmp_path, "example-shared", {"simulation": {"secure": True}})
+def test_an_interrupted_seeded_run_goes_on_to_the_same_bits_at_no_cost(
+    tmp_path: Path, finished, num_devices: int
+) -> None:
+    whole, _, _ = finished
+    config = tiny_run.config(whole, "example-shared", {"simulation": {"secure": True}})
     with pytest.raises(_KilledError):
         run(tmp_path, config, "broken", on_progress=interrupt_after(num_devices))
     run(tmp_path, config, "broken", resume=True)
-    assert adapter_bytes(tmp_path, "broken") == adapter_bytes(tmp_path, "direct")
-    assert ledger_content(tmp_path, "broken") == ledger_content(tmp_path, "direct")
+    assert adapter_bytes(tmp_path, "broken") == adapter_bytes(whole, "direct")
+    assert ledger_content(tmp_path, "broken") == ledger_content(whole, "direct")
 
 
 def test_an_interrupted_unseeded_run_asks_its_devices_for_a_new_attempt(tmp_path: Path) -> None:
@@ -133,8 +157,8 @@ def test_an_interrupted_unseeded_run_asks_its_devices_for_a_new_attempt(tmp_path
     assert [line["num_survivors"] for line in result.history[1:]] == [5, 5, 5], "every device allowed it"
 
 
-def test_the_statement_says_how_the_sum_was_formed_and_what_that_rests_on(tmp_path: Path) -> None:
-    direct, secure = both(tmp_path, "example-shared")
+def test_the_statement_says_how_the_sum_was_formed_and_what_that_rests_on(finished) -> None:
+    _, direct, secure = finished
     assert direct.privacy["secure_aggregation"].startswith("none")
     found = secure.privacy["secure_aggregation"]
     # Four devices at least, so a threshold of three: 2 * 3 > 4 + 1, and no more.
@@ -149,7 +173,8 @@ def test_the_statement_says_how_the_sum_was_formed_and_what_that_rests_on(tmp_pa
     ("rounds", "message"),
     [
         ({"cohort_size": 151, "min_survivors": 4}, "at most 150 devices a round"),
-        ({"cohort_size": 4, "over_selection": 1.75}, "keep rounds.over_selection below 1.5"),
+        ({"cohort_size": 4, "over_selection": 1.75}, "needs 5 to stay, and min_survivors is 4"),
+        ({"cohort_size": 5, "min_survivors": 3}, "needs 4 to stay, and min_survivors is 3"),
     ],
 )
 def test_a_cohort_that_could_never_be_summed_is_said_before_training(

@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from fedmini.errors import ConfigError, PrivacyBudgetError, ProtocolError
+from fedmini.errors import PrivacyBudgetError, ProtocolError
 from fedmini.member import ForThisProcess, Member, OwnLedger
 from fedmini.privacy import consistency
 from fedmini.privacy.device_ledger import LifetimeLimits
-from fedmini.secagg import checks, signed_manifest, signing_keys, trust
+from fedmini.secagg import signed_manifest, signing_keys, trust
 from fedmini.secagg.checks import Agreed
-from fedmini.secagg.messages import MAX_DEVICES, Stage
+from fedmini.secagg.messages import Stage
 from fedmini.secagg.trust import Identity, Trust
 from fedmini.simulation.setup import Setup
 from fedmini.types import DeviceId, RoundReport
@@ -33,7 +33,6 @@ class SecureDevices:
     """
 
     def __init__(self, setup: Setup, folder: Path, tell: Callable[[str], None]) -> None:
-        _check_size(setup)
         self._setup, self._folder, self._tell = setup, folder, tell
         self._operator = signing_keys.draw()
         self.trust = Trust(signing_keys.public_bytes(self._operator))
@@ -72,7 +71,7 @@ class SecureDevices:
         return exchange
 
     def with_traffic(self, report: RoundReport) -> RoundReport:
-        """The report of the last round with the bytes that really passed: of the device that sent most."""
+        """The report of the last round with the bytes that really passed: the most that a device sent, and received."""
         return replace(
             report,
             upload_bytes_per_device=max(self._sent.values()),
@@ -94,19 +93,3 @@ class SecureDevices:
             certificate = trust.certify(self._operator, device, signing_keys.public_bytes(key))
             self._identities[device] = Identity(key, certificate)
         return self._identities[device]
-
-
-def _check_size(setup: Setup) -> None:
-    """Raise ConfigError where no round of this size could come to its end."""
-    release = setup.run.manifest.release
-    if release.max_devices > MAX_DEVICES:
-        raise ConfigError(
-            f"secure aggregation takes at most {MAX_DEVICES} devices a round, rounds.cohort_size * rounds.over_selection "
-            f"is {release.max_devices}: lower one of the two, or leave simulation.secure away"
-        )
-    threshold = checks.lowest_threshold(release.max_devices)
-    if release.cohort_size < threshold:
-        raise ConfigError(
-            f"of {release.max_devices} devices that are asked, secure aggregation needs {threshold} to stay, and "
-            f"rounds.cohort_size counts on {release.cohort_size}: keep rounds.over_selection below 1.5"
-        )

@@ -341,8 +341,9 @@ def answer_twice(cohort: Cohort, is_changed: bool, stages: Sequence[Stage] = tup
         for device, answer in answers:
             yield device, answer
             if device == LIAR and stage in stages:
-                last = bytes([answer[-1] ^ is_changed])
-                yield device, answer[:-1] + last
+                middle = len(answer) - 12  # inside the vector, where there is one
+                changed = bytes([answer[middle] ^ is_changed])
+                yield device, answer[:middle] + changed + answer[middle + 1 :]
 
     return run(cohort, interfere)
 
