@@ -115,31 +115,14 @@ def test_what_devices_wrote_down_themselves_is_what_the_server_says(tmp_path: Pa
     assert sum(count for count, _ in spent) == sum(line["num_sampled"] for line in secure.history)
 
 
-class _KilledError(Exception):
-    pass
-
-
-def interrupt_after(num_devices: int) -> Callable[[Progress], None]:
-    """Stop a run from inside, as a crash of one device's training would, after so many contributions."""
-    seen = 0
-
-    def on_progress(progress: Progress) -> None:
-        nonlocal seen
-        seen += progress.device_index > 0
-        if seen == num_devices:
-            raise _KilledError
-
-    return on_progress
-
-
 @pytest.mark.parametrize("num_devices", [1, 5, 8])
 def test_an_interrupted_seeded_run_goes_on_to_the_same_bits_at_no_cost(
     tmp_path: Path, finished, num_devices: int
 ) -> None:
     whole, _, _ = finished
     config = tiny_run.config(whole, "example-shared", {"simulation": {"secure": True}})
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, "broken", on_progress=interrupt_after(num_devices))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, "broken", on_progress=tiny_run.interrupt_after(num_devices))
     run(tmp_path, config, "broken", resume=True)
     assert adapter_bytes(tmp_path, "broken") == adapter_bytes(whole, "direct")
     assert ledger_content(tmp_path, "broken") == ledger_content(whole, "direct")
@@ -149,8 +132,8 @@ def test_an_interrupted_unseeded_run_asks_its_devices_for_a_new_attempt(tmp_path
     changes = {"rounds": {"spare_attempts": 1}, "simulation": {"secure": True}}
     config = tiny_run.config(tmp_path, "example-shared", changes)
     config = config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, "run", on_progress=interrupt_after(7))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, "run", on_progress=tiny_run.interrupt_after(7))
     result = run(tmp_path, config, "run", resume=True)
     lines = ledger_content(tmp_path, "run")
     assert [line[:2] for line in lines] == [(1, 0), (2, 0), (2, 1), (3, 0)]

@@ -18,7 +18,7 @@ from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError, StateEr
 from fedmini.model.adapters import load_peft
 from fedmini.privacy import accounting
 from fedmini.privacy.ledger import Ledger, read_ledger
-from fedmini.simulation import Progress, SimulationOptions, SimulationResult
+from fedmini.simulation import SimulationOptions, SimulationResult
 from fedmini.types import PrivacyEvent
 from tests import tiny_run
 
@@ -100,29 +100,12 @@ def test_dropouts_are_counted_and_the_mean_is_over_the_planned_cohort(tmp_path: 
     assert min(line["num_survivors"] for line in result.history[1:]) < 5
 
 
-class _KilledError(Exception):
-    pass
-
-
-def interrupt_after(num_devices: int):
-    """Stop a run from inside, as a crash of one device's training would, after so many contributions."""
-    seen = 0
-
-    def on_progress(progress: Progress) -> None:
-        nonlocal seen
-        seen += progress.device_index > 0
-        if seen == num_devices:
-            raise _KilledError
-
-    return on_progress
-
-
 @pytest.mark.parametrize("num_devices", [1, 5, 8])
 def test_an_interrupted_seeded_run_goes_on_to_the_same_bits(tmp_path: Path, num_devices: int) -> None:
     config = tiny_run.config(tmp_path)
     whole = run(tmp_path, config, "whole")
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(num_devices))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(num_devices))
     resumed = run(tmp_path, config, resume=True)
     assert adapter_bytes(tmp_path) == adapter_bytes(tmp_path, "whole")
     assert len(read_ledger(tmp_path / "run" / "ledger.jsonl")) == 3
@@ -136,8 +119,8 @@ def _losses(history: tuple[Mapping[str, Any], ...]) -> list[float]:
 def test_an_interrupted_unseeded_run_pays_for_the_round_again(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
     config = config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(7))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(7))
     result = run(tmp_path, config, resume=True)
     lines = read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert [(line["round"], line["attempt"]) for line in lines] == [(1, 0), (2, 0), (2, 1), (3, 0)]
@@ -216,8 +199,8 @@ def test_where_nothing_began_there_is_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_other_examples_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(2))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(2))
     options = SimulationOptions(resume=True, cache_dir=tmp_path / "cache")
     with pytest.raises(StateError, match="the examples are not those"):
         simulation.simulate(config, data=tiny_run.rows(num_people=9), output=tmp_path / "run", options=options)
@@ -245,8 +228,8 @@ def test_a_budget_that_ends_mid_run_stops_before_the_release_and_saves(tmp_path:
     privacy = {"example": {"noise": "shared", "clip_norm": 1.0, "target_epsilon": 4.0, "target_delta": 1e-3}}
     config = tiny_run.config(tmp_path, changes={"privacy": privacy})
     config = config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(7))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(7))
     with pytest.raises(PrivacyBudgetError, match="the budget is 4"):
         run(tmp_path, config, resume=True)
     history = rundir.read_metrics(rundir.RunDirectory(tmp_path / "run"))
@@ -294,8 +277,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again_silently(tmp_path
 def test_a_ledger_file_that_is_gone_is_noticed_even_in_the_first_round(tmp_path: Path) -> None:
     """Round 1 was debited, nothing committed since: the checkpoint of round 0 knows no line that could be missed."""
     config = unseeded(tiny_run.config(tmp_path))
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(2))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(2))
     (tmp_path / "run" / "ledger.jsonl").unlink()
     with pytest.raises(StateError, match=r"the ledger .* is gone"):
         run(tmp_path, config, resume=True)
@@ -306,8 +289,8 @@ def test_a_seeded_run_is_only_replayed_where_it_gives_the_same_bits(tmp_path: Pa
     """Another torch computes other bits: repeating a debited attempt with it would be a second, unpaid release."""
     config = tiny_run.config(tmp_path)
     config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(7))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(7))
     path = tmp_path / "run" / "manifest.json"
     record = json.loads(path.read_text())
     record["environment"]["versions"]["torch"] = "1.0"
@@ -321,8 +304,8 @@ def test_a_seeded_run_is_only_replayed_where_it_gives_the_same_bits(tmp_path: Pa
 
 def test_a_seed_given_at_resume_is_another_run(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(7))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(7))
     for other in (unseeded(config), tiny_run.config(tmp_path, changes={"run": {"seed": 8}})):
         with pytest.raises(StateError, match="its run settings differ"):
             run(tmp_path, other, resume=True)
@@ -331,8 +314,8 @@ def test_a_seed_given_at_resume_is_another_run(tmp_path: Path) -> None:
 def test_a_seed_written_into_a_runs_own_settings_is_refused(tmp_path: Path) -> None:
     """Without a second debit, the replay of an attempt under another seed would be a release that nobody paid for."""
     config = tiny_run.config(tmp_path)
-    with pytest.raises(_KilledError):
-        run(tmp_path, config, on_progress=interrupt_after(7))
+    with pytest.raises(tiny_run.KilledError):
+        run(tmp_path, config, on_progress=tiny_run.interrupt_after(7))
     path = tmp_path / "run" / "config.toml"
     path.write_text(path.read_text().replace("seed = 7", "seed = 8"))
     options = SimulationOptions(resume=True, cache_dir=tmp_path / "cache")

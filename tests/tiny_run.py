@@ -1,11 +1,12 @@
 """A whole run small enough for a test: the tiny Llama as a packed GGUF, people who write letters, every privacy mode."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedmini.config import RunConfig, parse_run_config
+from fedmini.simulation import Progress
 from tests import tiny_llama
 
 EXAMPLE = {"clip_norm": 1.0, "noise_multiplier": 1.0, "target_delta": 1e-3}
@@ -52,3 +53,20 @@ def config(folder: Path, privacy: str = "example-shared", changes: Mapping[str, 
     for section, change in (changes or {}).items():
         values[section] = change if section == "privacy" else values.get(section, {}) | change
     return parse_run_config(values)
+
+
+class KilledError(Exception):
+    """What `interrupt_after` ends a run with."""
+
+
+def interrupt_after(num_devices: int) -> Callable[[Progress], None]:
+    """Stop a run from inside, as a crash of one device's training would, after so many contributions."""
+    seen = 0
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal seen
+        seen += progress.device_index > 0
+        if seen == num_devices:
+            raise KilledError
+
+    return on_progress
