@@ -126,7 +126,7 @@ def _nudged(value: Any, number: int) -> Any:
         case bool() | None:
             return not value
         case int():
-            return (value + 1, value - 1, -value, 2 * value, float(min(value, 2**53)), value + 2**31)[number % 6]
+            return (value + 1, value - 1, -value, 2 * value, float(value % 2**53), value + 2**31)[number % 6]
         case float():
             return (-value, 2 * value, value / 3, math.nextafter(value, math.inf), 1e300 * value)[number % 5]
         case str():
