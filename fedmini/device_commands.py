@@ -1,32 +1,42 @@
 """`fedmini device ...`: what a device's owner does with its folder. Heavy imports happen inside commands."""
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
+import click
 import typer
+from typer.core import TyperArgument, TyperCommand
 
 from fedmini.errors import ConfigError, UpdateError
 
 if TYPE_CHECKING:
     from fedmini.enrolment import Enrolment
-    from fedmini.types import Manifest, UnitPlan
 
 device = typer.Typer(help="Enrol a device, agree to runs, see what they cost.", rich_markup_mode=None)
-
-# About what a device sends in a round beside its vector, for each device of it: two shares, sealed, what it commits to
-# them with, and one share in the end.
-SHARES_BYTES = 256
 
 Found = TypeVar("Found")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The device's own folder.")]
 
 
-@device.command()
+class _Command(TyperCommand):
+    """A command whose help shows its arguments' texts: newer releases of click drop those that typer hands over."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        hints = get_type_hints(self.callback, include_extras=True)
+        arguments = [param for param in self.params if isinstance(param, TyperArgument)]
+        rows = [(str(one.metavar), hints[str(one.name)].__metadata__[0].help) for one in arguments]
+        with formatter.section("Arguments"):
+            formatter.write_dl(rows)
+        records = [one.get_help_record(ctx) for one in self.get_params(ctx) if isinstance(one, click.Option)]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in records if record is not None])
+
+
+@device.command(cls=_Command)
 def init(folder: Folder) -> None:
     """Make a device's signing key, which never leaves it."""
     from fedmini import operator_keys
@@ -41,16 +51,21 @@ def init(folder: Folder) -> None:
     )
 
 
-@device.command()
+@device.command(cls=_Command)
 def enrol(
     folder: Folder,
     certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE.json", help="From `fedmini operator certify`.")],
     operator_key: Annotated[Path, typer.Argument(metavar="OPERATOR.pub", help="The operator's public key.")],
 ) -> None:
-    """Enrol this device with an operator, whose signature is all that it believes from then on."""
+    """Enrol this device with an operator.
+
+    The operator's signature is all that the device believes from then on.
+    """
     from fedmini import enrolment, operator_keys
     from fedmini.secagg import trust_text
 
+    if _is_public_key(certificate):
+        raise ConfigError(f"{certificate} is a public key: the order is DIR CERTIFICATE.json OPERATOR.pub")
     found = _parse(certificate, trust_text.read_certificate)
     public_key = operator_keys.read_public_key(operator_key)
     enrolment.enrol(folder, found, public_key)
@@ -61,7 +76,7 @@ def enrol(
     )
 
 
-@device.command()
+@device.command(cls=_Command)
 def accept(
     folder: Folder,
     signed: Annotated[
@@ -71,24 +86,49 @@ def accept(
 ) -> None:
     """Say what a run may cost this device, and agree to it."""
     from fedmini import enrolment
+    from fedmini.enrolment import bargain
     from fedmini.secagg import trust_text
 
+    if _is_unsigned(signed):
+        raise ConfigError(
+            f"{signed} is not signed: this device's operator has to, with `fedmini operator sign-manifest DIR {signed}`"
+        )
     found = _parse(signed, trust_text.read_signed_manifest)
     with enrolment.opened(folder) as own:
         is_new = found.manifest.hash not in own.manifests
         own.check(found)
-        for line in _describe(found.manifest, own):
+        for line in bargain.describe(found.manifest, own):
             typer.echo(line)
-        if is_new and not yes and not _agrees():
+        if is_new and not yes and not _agrees("Agree?", "agree"):
             typer.echo("Not accepted: nothing was changed.")
             raise typer.Exit(1)
         own.accept(found)
     typer.echo(f"Accepted run {found.manifest.run_id}." if is_new else "This device had agreed to it before.")
 
 
-@device.command()
+@device.command(cls=_Command)
+def withdraw(
+    folder: Folder,
+    manifest_hash: Annotated[
+        str, typer.Argument(metavar="HASH", help="The manifest's, as `fedmini device status` shows it.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Leave without being asked.")] = False,
+) -> None:
+    """Leave a run, for good; what was spent stays spent."""
+    from fedmini import enrolment
+
+    with enrolment.opened(folder) as own:
+        run_id = own.manifest(manifest_hash).run_id
+        if not yes and not _agrees(f"Leave run {run_id} for good?", "leave the run"):
+            typer.echo("Not left: nothing was changed.")
+            raise typer.Exit(1)
+        own.withdraw(manifest_hash)
+    typer.echo(f"Left run {run_id}, for good: this device can't join it again. What it has spent stays spent.")
+
+
+@device.command(cls=_Command)
 def status(folder: Folder) -> None:
-    """Whom this device believes, what it agreed to, and what has left it so far."""
+    """Whom this device believes, and what has left it so far."""
     from fedmini import enrolment
     from fedmini.privacy import accounting
 
@@ -107,18 +147,19 @@ def status(folder: Folder) -> None:
             typer.echo(f"spent          {unit} epsilon {spent} of {limit:g} in a lifetime, at delta {delta:g}")
 
 
-@device.command()
+@device.command(cls=_Command)
 def follow(
     folder: Folder,
     signed: Annotated[
         list[Path],
         typer.Argument(
-            metavar="ROTATIONS.json [REVOCATIONS.json] [CERTIFICATE.json]",
-            help="What the operator signed: any of the three, those of after a rotation together.",
+            metavar="SIGNED.json...",
+            help="What the operator signed, one file of each: rotations, revocations, this device's certificate. Those of "
+            "after a rotation belong together.",
         ),
     ],
 ) -> None:
-    """Follow the operator to its current key, and take its newest list of revoked devices."""
+    """Take the operator's current key and revocations."""
     from fedmini import enrolment
     from fedmini.secagg import trust_text
 
@@ -156,55 +197,17 @@ def _standing(own: "Enrolment") -> Iterator[str]:
     yield f"revocations    number {number}" if number else "revocations    none seen"
 
 
-def _describe(manifest: "Manifest", own: "Enrolment") -> Iterator[str]:
-    """What a run may cost this device, every number by its own accountant."""
-    from fedmini import sums
-
-    release = manifest.release
-    upload = sums.upload_bytes(manifest) + SHARES_BYTES * release.max_devices
-    yield f"run            {manifest.run_id}, manifest {manifest.hash}"
-    yield (
-        f"takes part     at most {release.max_releases} times, lost attempts counted, in {manifest.num_rounds} rounds of "
-        f"about {release.cohort_size} devices"
-    )
-    yield f"sends          about {upload:,} bytes each time, {upload * release.max_releases:,} in all"
-    for unit in release.units:
-        yield from _describe_unit(unit, manifest, own)
-
-
-def _describe_unit(unit: "UnitPlan", manifest: "Manifest", own: "Enrolment") -> Iterator[str]:
-    from fedmini import floors, statement
-    from fedmini.privacy import accounting
-    from fedmini.types import ADJACENCY
-
-    shown = accounting.rounded_up
-    limit, delta = own.lifetime.lifetime_epsilon, own.lifetime.lifetime_delta
-    with own.ledger() as ledger:
-        spent = ledger.epsilon(unit.unit, delta)
-    after = own.epsilon_after(manifest, unit)
-    cost = shown(floors.run_epsilon(unit, manifest))
-    yield f"may cost       {unit.unit} epsilon {cost} at delta {unit.target_delta:g}, for {ADJACENCY[unit.unit]}"
-    yield f"  noise        {unit.noise}, {unit.z_eff:.4f} times the clip norm {unit.clip_norm:g}"
-    yield f"  against      {statement.holds_against(unit)}"
-    yield f"  lone         epsilon {shown(floors.lone_epsilon(unit, manifest))}, were nobody else honest, nor the server"
-    yield (
-        f"  lifetime     epsilon {shown(spent)} of {limit:g} is spent at delta {delta:g}, {_left(limit, spent)} is left; "
-        f"{shown(after)} after the whole run"
-    )
-    if after > limit:
-        yield "               that is above the limit: this device stops before"
-
-
-def _left(limit: float, spent: float) -> str:
-    """What is left of a limit, rounded down."""
-    return f"{math.floor(max(0.0, limit - spent) * 1000 + 1e-6) / 1000:.3f}"
-
-
-def _agrees() -> bool:
+def _agrees(question: str, what: str) -> bool:
     if not sys.stdin.isatty():
-        raise ConfigError("nobody is at the terminal to agree: read the above, then add --yes")
-    typer.echo("Agree? [y/N] ", nl=False)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+        raise ConfigError(f"nobody is at the terminal to {what}: read the above, then add --yes")
+    typer.echo(f"{question} [y/N] ", nl=False)
+    answer = ""
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        if not answer.endswith("\n"):  # Ctrl-C or Ctrl-D: what is said next begins on a line of its own
+            typer.echo()
+    return answer.strip().lower() in ("y", "yes")
 
 
 def _parse(path: Path, parse: Callable[[bytes], Found]) -> Found:
@@ -218,14 +221,30 @@ def _parse(path: Path, parse: Callable[[bytes], Found]) -> Found:
 
 def _kind(path: Path) -> str:
     """What a file says that it is: `rotations`, say; empty where it says nothing."""
+    name = _fields(path).get("format")
+    return name.removeprefix("fedmini/").removesuffix("/v1") if isinstance(name, str) else ""
+
+
+def _is_unsigned(path: Path) -> bool:
+    """Whether this is a manifest as it was planned, or the record of one in a run's directory."""
+    return {"run_id", "release"} <= _fields(path).keys() or {"hash", "environment", "manifest"} == _fields(path).keys()
+
+
+def _is_public_key(path: Path) -> bool:
+    from fedmini import operator_keys
+
+    return operator_keys.read_file(path).startswith(b"-----BEGIN PUBLIC KEY-----")
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
     from fedmini import operator_keys
 
     try:
         found = json.loads(operator_keys.read_file(path))
     except (ValueError, RecursionError):
-        return ""
-    name = found.get("format") if isinstance(found, dict) else None
-    return name.removeprefix("fedmini/").removesuffix("/v1") if isinstance(name, str) else ""
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _quoted(path: Path) -> str:

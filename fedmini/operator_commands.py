@@ -6,9 +6,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
+import click
 import typer
+from typer.core import TyperArgument, TyperCommand
 
 from fedmini.errors import ConfigError, ProtocolError, UpdateError
 
@@ -25,7 +27,21 @@ PassphraseFile = Annotated[
 ]
 
 
-@operator.command()
+class _Command(TyperCommand):
+    """A command whose help shows its arguments' texts: newer releases of click drop those that typer hands over."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        hints = get_type_hints(self.callback, include_extras=True)
+        arguments = [param for param in self.params if isinstance(param, TyperArgument)]
+        rows = [(str(one.metavar), hints[str(one.name)].__metadata__[0].help) for one in arguments]
+        with formatter.section("Arguments"):
+            formatter.write_dl(rows)
+        records = [one.get_help_record(ctx) for one in self.get_params(ctx) if isinstance(one, click.Option)]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in records if record is not None])
+
+
+@operator.command(cls=_Command)
 def init(
     folder: Folder,
     passphrase: Annotated[bool, typer.Option("--passphrase", help="Ask for a passphrase to encrypt the key.")] = False,
@@ -49,7 +65,7 @@ def init(
     )
 
 
-@operator.command()
+@operator.command(cls=_Command)
 def certify(
     folder: Folder,
     device_key: Annotated[Path, typer.Argument(metavar="DEVICE.pub", help="What `fedmini device init` made.")],
@@ -63,9 +79,11 @@ def certify(
     from fedmini import operator_keys
     from fedmini.secagg import trust_text
 
+    _check_output(output)
     public_key = operator_keys.read_public_key(device_key)
     with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
         certificate = opened.certify(public_key, name)
+        revoked = opened.revocations()
     written = folder / "devices" / f"{certificate.device_id}.json"
     if output is not None:
         operator_keys.write_file(output, trust_text.write_certificate(certificate))
@@ -74,12 +92,14 @@ def certify(
         f"Enrolled {certificate.device_id} with the key {public_key.hex()}: is it the one that the device shows?"
     )
     typer.echo(
-        f"Next: give {_quoted(written)} and operator.pub to the device, whose owner enrols it with\n"
+        f"Next: give {_quoted(written)} and {_quoted(folder / 'operator.pub')} to the device, whose owner enrols it with\n"
         "  fedmini device enrol DIR CERTIFICATE.json OPERATOR.pub"
     )
+    if revoked is not None:
+        typer.echo(_to_follow(folder))
 
 
-@operator.command()
+@operator.command(cls=_Command)
 def revoke(
     folder: Folder,
     name: Annotated[str, typer.Argument(metavar="NAME", help="An enrolled device, as in DIR/devices/NAME.json.")],
@@ -98,9 +118,12 @@ def revoke(
     )
 
 
-@operator.command()
+@operator.command(cls=_Command)
 def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
-    """Put a new key, signed by the old one, in its place; sign all certificates and revocations anew."""
+    """Put a new key in the old one's place, signed by it.
+
+    All certificates and revocations are signed anew.
+    """
     from fedmini import operator_keys
 
     public_key = operator_keys.rotate(folder, _asker(passphrase_file))
@@ -109,13 +132,13 @@ def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
     typer.echo(
         "The old key is removed: it has nothing left to sign, and a thief of it could lead devices elsewhere. Where it was\n"
         "stolen already, a rotation is not enough: begin a new folder, and enrol every device again.\n"
-        f"Next: give rotations.json and revocations.json in {_quoted(folder)} to the server and each devices/NAME.json to its\n"
-        "device (fedmini device follow DIR ROTATIONS.json REVOCATIONS.json NAME.json), operator.pub to devices that are\n"
-        "enrolled from now on, and sign the manifests of running runs again."
+        "Next: sign the manifests of running runs again, give operator.pub to devices that are enrolled from now on, and to\n"
+        f"the server and the devices of before, from {_quoted(folder)}, what devices follow with\n"
+        f"  fedmini device follow DIR {_after_rotation(folder, enrolled)}"
     )
 
 
-@operator.command("sign-manifest")
+@operator.command("sign-manifest", cls=_Command)
 def sign_manifest(
     folder: Folder,
     manifest: Annotated[
@@ -124,15 +147,21 @@ def sign_manifest(
     output: Annotated[Path | None, typer.Option("--output", help="Or MANIFEST.signed.json beside it.")] = None,
     passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Sign what devices agree to, after saying what it is. What no device would agree to is not signed."""
+    """Sign what devices agree to, after saying what it is.
+
+    What no device would agree to is not signed.
+    """
     from fedmini import floors, operator_keys
     from fedmini.secagg import trust_text
 
+    operator_keys.check_folder(folder)
+    _check_output(output)
     found = _read_manifest(manifest)
     try:
         floors.check(found, floors.COMPILED)
     except ProtocolError as error:
-        raise ConfigError(f"{manifest}: no device would agree to it: {error}") from error
+        why = str(error).split("; ", 1)[0]  # what follows there is what a device's owner can do
+        raise ConfigError(f"{manifest}: no device would agree to it: {why}; plan the run anew") from error
     for line in _describe(found):
         typer.echo(line)
     with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
@@ -141,6 +170,26 @@ def sign_manifest(
     operator_keys.write_file(written, trust_text.write_signed_manifest(signed))
     typer.echo(f"Signed it, for devices that have seen revocations number {signed.min_revocations} or later.")
     typer.echo(f"Next: give {_quoted(written)} to the server, which passes it on to the devices.")
+    if signed.min_revocations > 0:
+        typer.echo(_to_follow(folder))
+
+
+def _check_output(output: Path | None) -> None:
+    """Raise ConfigError, before anything is done, where there is no folder to write to."""
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"can't write {output}: there is no folder {output.parent}; make it first")
+
+
+def _to_follow(folder: Path) -> str:
+    """What a device has to see before it accepts a manifest that is signed now."""
+    newest = _quoted(folder / "revocations.json")
+    return f"Devices that have not seen {newest} need it too:\n  fedmini device follow DIR REVOCATIONS.json"
+
+
+def _after_rotation(folder: Path, enrolled: int) -> str:
+    """The files that a device follows a rotation with, of those that there are."""
+    revocations = ["revocations.json"] if (folder / "revocations.json").exists() else []
+    return " ".join(["rotations.json", *revocations, *(["devices/NAME.json"] if enrolled else [])])
 
 
 def _read_manifest(path: Path) -> "Manifest":
@@ -154,6 +203,8 @@ def _read_manifest(path: Path) -> "Manifest":
         if isinstance(found, dict) and found.keys() == {"hash", "environment", "manifest"}:
             recorded = found["hash"]
             content = json.dumps(found["manifest"], sort_keys=True, separators=(",", ":")).encode()
+        if isinstance(found, dict) and found.get("format") == "fedmini/signed-manifest/v1":
+            raise UpdateError("it is signed already: to sign it again, give the manifest that it was made from")
         manifest = manifest_file.parse(content)
     except (UpdateError, ValueError, RecursionError) as error:
         said = str(error) if isinstance(error, UpdateError) else "it is not JSON"
@@ -170,8 +221,8 @@ def _describe(manifest: "Manifest") -> list[str]:
     release = manifest.release
     lines = [
         f"Manifest {manifest.hash}",
-        f"  run {manifest.run_id}: {manifest.num_rounds} rounds of about {release.cohort_size} devices, "
-        f"each releasing at most {release.max_releases} times; base {manifest.base_fingerprint[:16]}...",
+        f"  run {manifest.run_id}: {_counted(manifest.num_rounds, 'round')} of about {release.cohort_size} devices, "
+        f"each releasing at most {_counted(release.max_releases, 'time')}; base {manifest.base_fingerprint[:16]}...",
     ]
     for unit in release.units:
         shown = accounting.rounded_up(floors.run_epsilon(unit, manifest))
@@ -192,7 +243,12 @@ def _asker(passphrase_file: Path | None) -> Callable[[], bytes]:
 
 
 def _ask_twice() -> bytes:
-    first = _ask("New passphrase, at least 16 characters, such as six random words: ")
+    from fedmini.secagg import signing_keys
+
+    least = signing_keys.MIN_PASSPHRASE_BYTES
+    first = _ask(f"New passphrase, at least {least} characters, such as six random words: ")
+    if len(first) < least:
+        raise ConfigError(f"expected a passphrase of at least {least} bytes: take six random words")
     if first != _ask("The same once more: "):
         raise ConfigError("the two passphrases differ: give the command again")
     return first
@@ -203,7 +259,11 @@ def _ask(question: str) -> bytes:
         raise ConfigError("the operator's key needs a passphrase, and there is no terminal: add --passphrase-file FILE")
     try:
         return getpass.getpass(question).encode()
+    except KeyboardInterrupt:
+        typer.echo()  # what is said next begins on a line of its own
+        raise
     except EOFError:
+        typer.echo()
         raise ConfigError("no passphrase was given: type one, or add --passphrase-file FILE") from None
 
 
@@ -214,6 +274,10 @@ def _read_passphrase(path: Path) -> bytes:
     if not 0 < len(line) <= MAX_PASSPHRASE_BYTES:
         raise ConfigError(f"{path}: expected a passphrase of 1 to {MAX_PASSPHRASE_BYTES} bytes on its first line")
     return line
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _quoted(path: Path) -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from fedmini import enrolment, floors, manifest_file, operator_keys, planning
 from fedmini.config import parse_run_config
+from fedmini.config.device_sections import DeviceSection, FloorsSection
 from fedmini.errors import CohortError, FedMiniError
 from fedmini.privacy import accounting
 from fedmini.privacy.device_ledger import DeviceLedger
@@ -35,6 +36,18 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     return a_shell(tmp_path, capsys, monkeypatch)
 
 
+def planned_with(privacy: dict[str, object], rounds: dict[str, object]) -> Manifest:
+    values = {
+        "run": {"name": "tiny"},
+        "base": {"name": "smollm2-135m-q4"},
+        "data": {"source": "x.jsonl", "held_out_devices": 1},
+        "local": {"sampling_rate": 0.5, "expected_batch_size": 4.0},
+        "rounds": rounds,
+        "privacy": privacy,
+    }
+    return planning.make_manifest(parse_run_config(values), "tiny-0a1b2c3d", planning.Base("ab" * 32, TEMPLATE), None)
+
+
 @cache
 def planned(noise_multiplier: float = 3.0) -> Manifest:
     """Three devices, three rounds, and both units: about epsilon 1.6 of each example, and less of each device."""
@@ -42,15 +55,7 @@ def planned(noise_multiplier: float = 3.0) -> Manifest:
         "example": {"noise": "local", "clip_norm": 1.0, "noise_multiplier": noise_multiplier, "target_delta": 1e-5},
         "device": {"noise": "shared", "clip_norm": 1.0, "noise_multiplier": 4.0, "target_delta": 1e-5},
     }
-    values = {
-        "run": {"name": "tiny"},
-        "base": {"name": "smollm2-135m-q4"},
-        "data": {"source": "x.jsonl", "held_out_devices": 1},
-        "local": {"sampling_rate": 0.5, "expected_batch_size": 4.0},
-        "rounds": {"num_rounds": 3, "cohort_size": 3, "min_survivors": 3},
-        "privacy": privacy,
-    }
-    return planning.make_manifest(parse_run_config(values), "tiny-0a1b2c3d", planning.Base("ab" * 32, TEMPLATE), None)
+    return planned_with(privacy, {"num_rounds": 3, "cohort_size": 3, "min_survivors": 3})
 
 
 def enrolled(shell: Shell, *names: str) -> None:
@@ -160,7 +165,11 @@ def test_a_device_follows_a_rotation_with_its_certificate_and_revocations(shell:
         ("enrol anna run.signed.json op/operator.pub", 'run.signed.json: expected a file that says "format"'),
         ("enrol anna gone.json op/operator.pub", "can't read gone.json"),
         ("accept new run.signed.json --yes", "new is not enrolled: `fedmini device enrol new CERTIFICATE.json"),
-        ("accept anna run.json --yes", 'run.json: expected a file that says "format": "fedmini/signed-manifest/v1"'),
+        ("accept anna run.json --yes", "run.json is not signed: this device's operator has to, with `fedmini operator"),
+        ("accept anna anna.json --yes", 'anna.json: expected a file that says "format": "fedmini/signed-manifest/v1"'),
+        ("enrol anna op/operator.pub anna.json", "op/operator.pub is a public key: the order is DIR CERTIFICATE.json"),
+        ("enrol new new.json other/operator.pub", "CERTIFICATE.json and OPERATOR.pub don't belong together"),
+        ("withdraw anna 0123", "expected a manifest that this device agreed to, got 0123: it never agreed to it"),
         ("accept anna other.signed.json --yes", "the manifest is signed with the operator key"),
         ("status op", "op is no device's folder"),
         ("status new", "new is not enrolled"),
@@ -179,6 +188,7 @@ def test_what_can_not_be_done_is_said_in_one_line(shell: Shell, arguments: str, 
     done(shell("operator", "rotate", "other"))
     done(shell("operator", "sign-manifest", "other", "run.json", "--output", "other.signed.json"))
     done(shell("device", "init", "new"))
+    done(shell("operator", "certify", "op", "new/device.pub", "--name", "new", "--output", "new.json"))
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     answer = shell("device", *arguments.split())
     assert says in answer.complaint
@@ -198,7 +208,7 @@ def test_a_damaged_folder_says_what_to_do_whatever_the_command(shell: Shell) -> 
         ("follow", "anna", "anna.json"),
     ):
         complaint = shell("device", *command).complaint
-        assert "anna/rotations.json: expected a rotations in JSON" in complaint and "from a backup" in complaint
+        assert "anna/rotations.json: expected rotations in JSON" in complaint and "from a backup" in complaint
 
 
 def test_a_manifest_beyond_the_owners_limits_is_neither_shown_nor_accepted(shell: Shell) -> None:
@@ -221,6 +231,134 @@ def test_help_loads_nothing_heavy() -> None:
         re.search(rf"^  {name} ", said, re.MULTILINE) for name in ("init", "enrol", "accept", "status", "follow")
     )
     assert said.endswith("[]\n")
+
+
+def test_a_device_that_is_enrolled_after_a_revocation_is_told_how_it_can_accept(shell: Shell) -> None:
+    enrolled(shell, "ben")
+    done(shell("operator", "revoke", "op", "ben"))
+    done(shell("device", "init", "anna"))
+    said = done(shell("operator", "certify", "op", "anna/device.pub", "--name", "anna"))
+    assert "op/revocations.json need it too:\n  fedmini device follow DIR REVOCATIONS.json" in said
+    done(shell("device", "enrol", "anna", "op/devices/anna.json", "op/operator.pub"))
+    signed(shell)
+    assert "op/revocations.json need it too" in done(shell("operator", "sign-manifest", "op", "run.json"))
+    complaint = shell("device", "accept", "anna", "run.signed.json", "--yes").complaint
+    assert complaint.endswith("take the newer list with `fedmini device follow DIR REVOCATIONS.json`")
+    done(shell("device", "follow", "anna", "op/revocations.json"))
+    done(shell("device", "accept", "anna", "run.signed.json", "--yes"))
+
+
+def test_a_device_whose_certificate_is_not_valid_accepts_nothing(shell: Shell) -> None:
+    enrolled(shell, "anna", "ben")
+    done(shell("operator", "revoke", "op", "ben"))
+    done(shell("device", "follow", "ben", "op/revocations.json"))
+    signed(shell)
+    complaint = shell("device", "accept", "ben", "run.signed.json", "--yes").complaint
+    assert "this device can't take part: the certificate of device 'ben' was revoked" in complaint
+    done(shell("operator", "rotate", "op"))
+    signed(shell)
+    done(shell("device", "follow", "anna", "op/rotations.json", "op/revocations.json"))
+    complaint = shell("device", "accept", "anna", "run.signed.json", "--yes").complaint
+    assert "after a rotation give all files to `fedmini device follow`" in complaint
+    for name in ("anna", "ben"):
+        assert "none accepted" in done(shell("device", "status", name))
+
+
+def test_a_device_leaves_a_run_for_good_when_its_owner_says_so(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrolled(shell, "anna")
+    signed(shell)
+    done(shell("device", "accept", "anna", "run.signed.json", "--yes"))
+    leave = ("device", "withdraw", "anna", planned().hash)
+    assert "nobody is at the terminal to leave the run" in shell(*leave).complaint
+    at_the_terminal(monkeypatch, "\n")
+    answer = shell(*leave)
+    assert answer.code == 1 and "for good? [y/N] Not left: nothing was changed" in answer.out
+    assert planned().hash in done(shell("device", "status", "anna"))
+    at_the_terminal(monkeypatch, "y\n")
+    assert "Left run tiny-0a1b2c3d, for good" in done(shell(*leave))
+    assert "none accepted" in done(shell("device", "status", "anna"))
+    assert "has left run" in shell("device", "accept", "anna", "run.signed.json", "--yes").complaint
+    assert "it has left that run" in shell(*leave, "--yes").complaint
+
+
+def test_an_epsilon_that_was_not_counted_to_its_end_is_not_called_infinite(shell: Shell) -> None:
+    """Of sixty devices' shares one is left: at a sixtieth of the variance, thirty rounds cost more than 100."""
+    enrolled(shell, "anna")
+    unit = {"noise": "shared", "clip_norm": 1.0, "noise_multiplier": 4.0, "target_delta": 1e-5}
+    rounds = {"num_rounds": 30, "cohort_size": 60, "min_survivors": 60}
+    signed(shell, planned_with({"device": unit}, rounds))
+    said = done(shell("device", "accept", "anna", "run.signed.json", "--yes"))
+    assert "lone         epsilon above 100, or of too little noise to be counted, were nobody else" in said
+
+
+@pytest.mark.parametrize("typed", ["", "y"])
+def test_what_is_said_after_a_question_that_was_left_begins_on_a_new_line(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    enrolled(shell, "anna")
+    signed(shell)
+    at_the_terminal(monkeypatch, typed)
+    said = shell("device", "accept", "anna", "run.signed.json").out
+    assert "Agree? [y/N] \n" in said and re.search(r"^(Not a|A)ccepted", said, re.MULTILINE)
+
+
+def test_a_key_that_is_missing_and_one_that_is_damaged_are_answered_alike(shell: Shell) -> None:
+    enrolled(shell, "anna")
+    Path("anna/device.key").write_bytes(Path("anna/device.key").read_bytes()[:-40])
+    damaged = shell("device", "status", "anna").complaint
+    Path("anna/device.key").unlink()
+    assert shell("device", "status", "anna").complaint == damaged
+    assert damaged.startswith("anna/device.key is missing or damaged: bring it back from a backup; or make another")
+
+
+@pytest.mark.parametrize("name", ["certificate.json", "device.key"])
+def test_who_may_not_read_the_folder_is_not_told_to_enrol_anew(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    enrolled(shell, "anna")
+    really = Path.open
+
+    def refuse(path: Path, *arguments: str):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        return really(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    complaint = shell("device", "status", "anna").complaint
+    assert complaint.endswith(
+        f"anna/{name}: Permission denied; let the user who runs this own the folder and its files"
+    )
+
+
+def test_the_documents_table_of_device_toml_has_every_key_and_its_default() -> None:
+    text = (Path(__file__).parent.parent / "docs/secure-aggregation.md").read_text()
+    rows = re.findall(r"^\| `\[(device|floors)\]` \| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE)
+    defaults = {("device", name): field.default for name, field in DeviceSection.model_fields.items()}
+    defaults |= {("floors", name): getattr(floors.COMPILED, name) for name in FloorsSection.model_fields}
+    words = {"no limit": None, "true": True, "false": False}
+    assert {(group, key): words[value] if value in words else float(value) for group, key, value in rows} == defaults
+
+
+COMMANDS = {
+    "operator": ("init", "certify", "revoke", "rotate", "sign-manifest"),
+    "device": ("init", "enrol", "accept", "withdraw", "status", "follow"),
+}
+
+
+@pytest.mark.parametrize("command", [(group, name) for group, names in COMMANDS.items() for name in names])
+def test_the_help_of_a_command_says_what_its_arguments_are(shell: Shell, command: tuple[str, str]) -> None:
+    said = done(shell(*command, "--help"))
+    assert "\\" not in said and "--help" in said
+    assert re.search(r"^  DIR +The (operator's|device's own) folder", said, re.MULTILINE)
+    arguments = said.split("Arguments:\n")[1].split("\n\n")[0]
+    assert all(re.match(r"  +\S+  +\S|   {8}", line) for line in arguments.splitlines()), arguments
+
+
+@pytest.mark.parametrize("group", COMMANDS)
+def test_no_command_is_cut_short_in_the_list(shell: Shell, group: str) -> None:
+    said = done(shell(group, "--help"))
+    assert "..." not in said.replace("COMMAND [ARGS]...", "")
+    assert [line.split()[0] for line in said.split("Commands:\n")[1].splitlines()] == list(COMMANDS[group])
 
 
 # A whole round

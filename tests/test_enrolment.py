@@ -165,7 +165,7 @@ def test_a_device_is_not_enrolled_with_another_operator(folder: Path, office: Of
     before, thief = contents(folder), Office()
     with pytest.raises(ConfigError, match=r"relies on the operator key .*put this one's ledger.jsonl into it"):
         enrolment.enrol(folder, thief.certify(device_key(folder)), thief.public_key)
-    with pytest.raises(ProtocolError, match="not signed by the operator"):
+    with pytest.raises(ProtocolError, match=r"CERTIFICATE.json and OPERATOR.pub don't belong together"):
         enrolment.enrol(folder, thief.certify(device_key(folder)), office.public_key)
     assert contents(folder) == before
 
@@ -188,7 +188,7 @@ def invent_a_certificate(folder: Path, office: Office) -> None:
 
 
 def test_an_invented_certificate_is_refused(tmp_path: Path, office: Office) -> None:
-    with pytest.raises(ProtocolError, match="'sybil' is not signed by the operator"):
+    with pytest.raises(ProtocolError, match=r"CERTIFICATE.json and OPERATOR.pub don't belong together"):
         invent_a_certificate(tmp_path / "phone", office)
     assert sorted(os.listdir(tmp_path / "phone")) == ["device.key", "device.pub"]
 

@@ -154,6 +154,9 @@ def test_keys_are_never_overwritten(shell: Shell) -> None:
         ("sign-manifest op gone.json", "can't read gone.json"),
         ("sign-manifest op op/devices/anna.json", "anna.json: this is no manifest that fedmini wrote"),
         ("sign-manifest op new/device.pub", "new/device.pub: it is not JSON"),
+        ("sign-manifest nowhere gone.json", "nowhere is no operator's folder"),
+        ("certify op new/device.pub --output gone/new.json", "can't write gone/new.json: there is no folder gone"),
+        ("certify op new/device.pub --name=", "'' can't name a device"),
         ("", "Missing command (see `fedmini operator --help`)"),
     ],
 )
@@ -198,15 +201,17 @@ def test_an_encrypted_key_needs_its_passphrase_and_shows_neither(shell: Shell) -
 
 
 def test_who_sits_at_the_terminal_is_asked(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    typed = iter([PASSPHRASE, "correct horse battery stable", PASSPHRASE, PASSPHRASE, PASSPHRASE])
+    typed = iter(["short", PASSPHRASE, "correct horse battery stable", PASSPHRASE, PASSPHRASE, PASSPHRASE])
     asked: list[str] = []
     monkeypatch.setattr(getpass, "getpass", lambda question: (asked.append(question), next(typed))[1])
     assert "there is no terminal" in shell("operator", "init", "op", "--passphrase").complaint
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert "at least 16 bytes" in shell("operator", "init", "op", "--passphrase").complaint
+    assert len(asked) == 1, "it is not asked for twice"
     assert "the two passphrases differ" in shell("operator", "init", "op", "--passphrase").complaint
     done(shell("operator", "init", "op", "--passphrase"))
     done(shell("operator", "rotate", "op"))
-    assert len(asked) == 5
+    assert len(asked) == 6
 
 
 # Revoking
@@ -217,6 +222,7 @@ def test_a_revoked_device_is_on_the_list_and_its_key_is_never_enrolled_again(she
     anna = certificate("anna")
     assert "number 1" in done(shell("operator", "revoke", "op", "anna"))
     assert os.listdir("op/devices") == ["bert.json"]
+    assert "was revoked already, as 1 of them were" in shell("operator", "revoke", "op", "anna").complaint
     believed = Trust(public_key()).updated(revocations())
     believed.check_certificate(certificate("bert"))
     with pytest.raises(ProtocolError, match="revoked"):
@@ -253,7 +259,9 @@ def test_after_a_rotation_devices_of_before_find_the_new_key_and_all_is_signed_w
     enrolled(shell, "anna", "bert")
     done(shell("operator", "revoke", "op", "bert"))
     before, old_key = Trust(public_key()).updated(revocations()), Path("op/operator.key").read_bytes()
-    assert "certificates signed anew: 1" in done(shell("operator", "rotate", "op"))
+    said = done(shell("operator", "rotate", "op"))
+    assert "certificates signed anew: 1" in said
+    assert "fedmini device follow DIR rotations.json revocations.json devices/NAME.json" in said
     done(shell("operator", "rotate", "op"))
     after = before.rotated(rotations(), revocations())
     assert (after.operator_key, after.revocations_sequence) == (public_key(), 3)
@@ -305,6 +313,11 @@ def test_a_rotation_that_ended_just_before_the_old_key_went_is_finished_by_the_n
     assert before == [path.read_bytes() for path in (Path("op/rotations.json"), Path("op/devices/anna.json"))]
     pinned.rotated(rotations()).check_certificate(certificate("anna"))
     assert sorted(os.listdir("op")) == ["devices", "operator.key", "operator.pub", "rotations.json"]
+
+
+def test_a_rotation_names_only_the_files_that_there_are(shell: Shell) -> None:
+    done(shell("operator", "init", "op"))
+    assert done(shell("operator", "rotate", "op")).endswith("fedmini device follow DIR rotations.json\n")
 
 
 def plant(name: str) -> None:
@@ -392,6 +405,7 @@ def test_the_manifest_of_a_runs_directory_is_signed_too(shell: Shell, tmp_path: 
     Path("run/manifest.json").write_text(json.dumps(record, indent=1, sort_keys=True))
     done(shell("operator", "sign-manifest", "op", "run/manifest.json"))
     assert trust_text.read_signed_manifest(Path("run/manifest.signed.json").read_bytes()).manifest == manifest
+    assert "it is signed already" in shell("operator", "sign-manifest", "op", "run/manifest.signed.json").complaint
     record["manifest"]["num_rounds"] = 4
     Path("run/manifest.json").write_text(json.dumps(record))
     assert (
@@ -406,6 +420,7 @@ def test_a_manifest_that_no_device_would_agree_to_is_not_signed(shell: Shell, tm
     Path("weak.json").write_bytes(manifest_file.canonical(weak))
     complaint = shell("operator", "sign-manifest", "op", "weak.json").complaint
     assert "weak.json: no device would agree to it: " in complaint and "a protected unit" in complaint
+    assert complaint.endswith("; plan the run anew") and "leave the run" not in complaint
     manifest = a_manifest(tmp_path)
     assert manifest.release.example is not None
     unit = replace(manifest.release.example, clip_norm=100.0)

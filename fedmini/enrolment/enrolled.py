@@ -120,6 +120,7 @@ class Enrolment:
     def check(self, signed: SignedManifest) -> None:
         """Raise a FedMiniError unless `accept` would take this manifest."""
         trust, manifest = self.trust, signed.manifest
+        _check_enrolled(trust, self.identity.certificate)
         if self._manifests.get(manifest.hash) == signed:
             return
         signed_manifest.check_manifest(trust, signed)
@@ -137,8 +138,9 @@ class Enrolment:
     def accept(self, signed: SignedManifest) -> Manifest:
         """Agree to a run, once; the manifest. The same again is fine, also where it was signed anew.
 
-        Raises ProtocolError where the operator whom this device relies on now did not sign it, it asks for newer
-        revocations than were seen, is beyond the limits, or is another one for a run that is known already;
+        Raises ProtocolError where this device's certificate is revoked or not by the operator's current key, the operator
+        whom it relies on now did not sign the manifest, it asks for newer revocations than were seen, is beyond the
+        limits, or is another one for a run that is known already;
         PrivacyBudgetError where the lifetime limit leaves no room for even one contribution.
         """
         self.check(signed)
@@ -211,11 +213,16 @@ class _Memory:
     def agreed(self) -> Agreed:
         trust = self.enrolment.trust
         manifest = self.enrolment.manifest(self.manifest_hash)
-        try:
-            trust.check_certificate(self.certificate)
-        except ProtocolError as error:
-            raise ProtocolError(f"this device can't take part: {error}; {records.ASK_AGAIN}") from error
+        _check_enrolled(trust, self.certificate)
         return Agreed(self.certificate.device_id, manifest, trust)
 
     def update(self, revocations: Revocations) -> None:
         self.enrolment.update(revocations)
+
+
+def _check_enrolled(trust: Trust, certificate: Certificate) -> None:
+    """Raise ProtocolError where the device's own certificate is revoked, or not by the operator's current key."""
+    try:
+        trust.check_certificate(certificate)
+    except ProtocolError as error:
+        raise ProtocolError(f"this device can't take part: {error}; {records.ASK_AGAIN}") from error

@@ -9,8 +9,8 @@ from pathlib import Path
 from fedmini.enrolment import records
 from fedmini.enrolment.enrolled import Enrolment
 from fedmini.enrolment.records import Believed
-from fedmini.errors import ConfigError, StateError
-from fedmini.secagg import trust_text
+from fedmini.errors import ConfigError, ProtocolError, StateError
+from fedmini.secagg import trust, trust_text
 from fedmini.secagg.trust import Certificate, Trust
 
 
@@ -27,6 +27,7 @@ def enrol(folder: Path, certificate: Certificate, operator_key: bytes) -> None:
             _check_operator(folder, believed, operator_key)
         else:
             believed = Believed((operator_key,), (), Trust(operator_key))
+        _check_signer(certificate, operator_key)
         believed.trust.check_certificate(certificate)
         contents = {records.CERTIFICATE: trust_text.write_certificate(certificate)}
         if not records.is_enrolled(folder):
@@ -45,6 +46,16 @@ def _check_operator(folder: Path, believed: Believed, operator_key: bytes) -> No
             "follows, give the operator's rotations to `fedmini device follow`; for another operator, make another folder "
             "with `fedmini device init` and put this one's ledger.jsonl into it"
         )
+
+
+def _check_signer(certificate: Certificate, operator_key: bytes) -> None:
+    try:
+        trust.check_issued(operator_key, certificate)
+    except ProtocolError as error:
+        raise ProtocolError(
+            "CERTIFICATE.json and OPERATOR.pub don't belong together: the one is not signed with the key of the other; take "
+            "both from the same operator, newly, where its key was rotated"
+        ) from error
 
 
 @contextmanager

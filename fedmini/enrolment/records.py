@@ -26,6 +26,7 @@ RESTORE = (
     "bring it back from a backup; or make another folder with `fedmini device init`, put this one's ledger.jsonl into it "
     "(what was spent stays spent), and be enrolled anew"
 )
+MAKE_READABLE = "let the user who runs this own the folder and its files"
 RESTORE_LEDGER = "bring the newest copy back: without it nobody knows what this device has spent"
 ASK_AGAIN = "ask the operator for it again, and take it with `fedmini device enrol`"
 
@@ -65,17 +66,18 @@ def is_enrolled(folder: Path) -> bool:
 
 def read_device_key(folder: Path) -> bytes:
     """The device's public key, 32 bytes. Raises StateError where a half is missing, damaged, or not the other's."""
-    private = _read(folder / KEY, lambda path: key_files.read_private_key(path, bytes), RESTORE)
+    of_private = _read_private(
+        folder / KEY, lambda path: signing_keys.public_bytes(key_files.read_private_key(path, bytes))
+    )
     public = _read(folder / PUBLIC_KEY, key_files.read_public_key, RESTORE)
-    if signing_keys.public_bytes(private) != public:
+    if of_private != public:
         raise StateError(f"{folder / PUBLIC_KEY} is not the public half of {KEY}: {RESTORE}")
     return public
 
 
 def read_identity(folder: Path, certificate: Certificate) -> Identity:
     """The device's signing key with its certificate. Raises StateError."""
-    private = _read(folder / KEY, lambda path: key_files.read_private_key(path, bytes), RESTORE)
-    return Identity(private, certificate)
+    return _read_private(folder / KEY, lambda path: Identity(key_files.read_private_key(path, bytes), certificate))
 
 
 def read_believed(folder: Path) -> Believed:
@@ -179,6 +181,18 @@ def finish(folder: Path) -> None:
         raise StateError(f"can't write {folder}: {error.strerror}; mend that, then open it again") from error
 
 
+def _read_private(path: Path, read: Callable[[Path], Found]) -> Found:
+    """What is made of the device's private key. Raises StateError, the same for a file that is missing and a damaged one."""
+    if not path.exists():
+        raise StateError(f"{path} is missing or damaged: {RESTORE}")
+    try:
+        return _read(path, read, RESTORE)
+    except StateError as error:
+        if isinstance(error.__cause__, ConfigError) or not key_files.is_for_owner_only(path):
+            raise
+    raise StateError(f"{path} is missing or damaged: {RESTORE}")
+
+
 def _by_one_of(keys: tuple[bytes, ...], check: Callable[[bytes], None]) -> None:
     """Raise what the check of a signature raises for the last of these keys, unless it passes for one."""
     for key in reversed(keys[:-1]):
@@ -194,4 +208,5 @@ def _read(path: Path, read: Callable[[Path], Found], remedy: str) -> Found:
         return read(path)
     except (ConfigError, ProtocolError, UpdateError) as error:
         where = "" if str(path) in str(error) else f"{path}: "
+        remedy = MAKE_READABLE if isinstance(error.__cause__, PermissionError) else remedy
         raise StateError(f"{where}{error}; {remedy}") from error

@@ -7,11 +7,12 @@ DIR/operator.key.next             only while a rotation goes on
 A private key and a passphrase never enter an error message. Every file is there whole or not at all.
 """
 
-from fedmini.operator_keys.folder import OperatorFolder, opened, rotate
+from fedmini.operator_keys.folder import OperatorFolder, check_folder, opened, rotate
 from fedmini.operator_keys.key_files import create, create_device, read_file, read_public_key, write_file
 
 __all__ = [
     "OperatorFolder",
+    "check_folder",
     "create",
     "create_device",
     "opened",

@@ -51,7 +51,7 @@ class OperatorFolder:
         Without a name, it is called after its key. Raises ConfigError where the name or the key is another device's, or
         the key was revoked.
         """
-        name = name or f"device-{device_key[:6].hex()}"
+        name = f"device-{device_key[:6].hex()}" if name is None else name
         if not NAME.fullmatch(name):
             raise ConfigError(f"{name!r} can't name a device: expected 1 to 64 of A-Z a-z 0-9 . _ -, no sign first")
         revoked = self.revocations()
@@ -75,12 +75,13 @@ class OperatorFolder:
 
         Raises ConfigError where no device is enrolled by this name.
         """
-        enrolled = records.read_certificates(self.path, self.public_key)
+        enrolled, revoked = records.read_certificates(self.path, self.public_key), self.revocations()
         if name not in enrolled:
             nearest = get_close_matches(name, enrolled, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"{len(enrolled)} are, in {self.path / 'devices'}"
-            raise ConfigError(f"no device is enrolled as {name!r}: {hint}")
-        device_key, revoked = enrolled[name].device_key, self.revocations()
+            gone = f"; perhaps it was revoked already, as {len(revoked.device_keys)} of them were" if revoked else ""
+            raise ConfigError(f"no device is enrolled as {name!r}: {hint}{gone}")
+        device_key = enrolled[name].device_key
         if revoked is None or device_key not in revoked.device_keys:  # else: an earlier `revoke` was cut short here
             revoked = trust.revoke(self._key, revoked, [device_key])
             key_files.write_file(self.path / "revocations.json", trust_text.write_revocations(revoked))
@@ -91,6 +92,12 @@ class OperatorFolder:
     def sign_manifest(self, manifest: Manifest) -> SignedManifest:
         """The manifest, signed; devices must have seen the newest revocations before they agree to it."""
         return signed_manifest.sign_manifest(self._key, manifest, self.revocations())
+
+
+def check_folder(path: Path) -> None:
+    """Raise ConfigError where there is no operator's key in a folder."""
+    if not (path / KEY).is_file():
+        raise ConfigError(f"{path} is no operator's folder: make one with `fedmini operator init {path}`")
 
 
 @contextmanager
@@ -153,8 +160,7 @@ def _sign_anew(path: Path, old: Ed25519PrivateKey, new: Ed25519PrivateKey, key_f
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """No other command works in the folder meanwhile. Raises ConfigError where it is no operator's."""
-    if not (path / KEY).is_file():
-        raise ConfigError(f"{path} is no operator's folder: make one with `fedmini operator init {path}`")
+    check_folder(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _lock(descriptor, path)

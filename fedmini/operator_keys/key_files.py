@@ -35,12 +35,17 @@ def create_device(path: Path) -> bytes:
 def read_private_key(path: Path, ask: AskPassphrase) -> Ed25519PrivateKey:
     """A private key's file, which only its owner may read. Raises StateError, which says nothing of the key."""
     content = read_file(path)
-    if path.stat().st_mode & 0o077:
+    if not is_for_owner_only(path):
         raise StateError(f"{path} can be read by others on this machine: make it 0600 if nobody did, or rotate the key")
     try:
         return signing_keys.read_private(content, ask() if signing_keys.is_encrypted(content) else None)
     except UpdateError as error:
         raise StateError(f"{path}: {error}") from None
+
+
+def is_for_owner_only(path: Path) -> bool:
+    """Whether nobody else on this machine may read or write the file."""
+    return not path.stat().st_mode & 0o077
 
 
 def read_public_key(path: Path) -> bytes:

@@ -57,5 +57,5 @@ def check_freshness(trust: Trust, signed: SignedManifest) -> None:
     if trust.revocations_sequence < signed.min_revocations:
         raise ProtocolError(
             f"the manifest asks for revocations number {signed.min_revocations} or later, this device has seen number "
-            f"{trust.revocations_sequence}: the server must pass the newer list on"
+            f"{trust.revocations_sequence}: take the newer list with `fedmini device follow DIR REVOCATIONS.json`"
         )

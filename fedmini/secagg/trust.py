@@ -164,7 +164,7 @@ def check_issued(operator_key: bytes, certificate: Certificate) -> None:
         raise ProtocolError("a certificate is malformed: expected a printable device id and an Ed25519 public key")
     if not signatures.is_valid(operator_key, certificate.signature, "certificate", device_id, device_key):
         raise ProtocolError(
-            f"the certificate of device {device_id!r} is not signed by the operator that this device was enrolled with"
+            f"the certificate of device {device_id!r} is not signed by the operator key {_relied_on(operator_key)}"
         )
 
 
@@ -181,7 +181,7 @@ def check_revocations(operator_key: bytes, revocations: Revocations) -> None:
     if not 1 <= sequence <= MAX_SEQUENCE or len(keys) > MAX_REVOKED or not is_sorted:
         raise ProtocolError(f"a list of revocations is malformed: expected at most {MAX_REVOKED} keys, strictly sorted")
     if not signatures.is_valid(operator_key, revocations.signature, "revocations", sequence, list(keys)):
-        raise ProtocolError("the list of revocations is not signed by the operator that this device was enrolled with")
+        raise ProtocolError(f"the list of revocations is not signed by the operator key {_relied_on(operator_key)}")
 
 
 def check_follows(previous: Revocations | None, revocations: Revocations) -> None:
@@ -198,3 +198,7 @@ def check_follows(previous: Revocations | None, revocations: Revocations) -> Non
             f"revocations number {revocations.sequence} lack a key that number {previous.sequence} has: a revoked key "
             "stays revoked"
         )
+
+
+def _relied_on(operator_key: bytes) -> str:
+    return f"{operator_key.hex()[:8]}... that this device relies on; after a rotation give all files to `fedmini device follow`"

@@ -107,7 +107,8 @@ def _read(content: bytes, kind: str, **readers: Reader) -> dict[str, Any]:
     try:
         values = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        raise UpdateError(f"expected a {kind} in JSON, got something else: was it cut or changed?") from None
+        what = kind if kind.endswith("s") else f"a {kind}"
+        raise UpdateError(f"expected {what} in JSON, got something else: was it cut or changed?") from None
     if not isinstance(values, dict) or values.get("format") != f"fedmini/{kind}/v1":
         raise UpdateError(
             f'expected a file that says "format": "fedmini/{kind}/v1": this is another, or of another version'

@@ -44,7 +44,7 @@ def test_a_device_that_the_operator_enrolled_is_believed() -> None:
 
 def test_a_device_that_the_server_invented_is_refused() -> None:
     server = an_operator()
-    with pytest.raises(ProtocolError, match="device 'sybil' is not signed by the operator"):
+    with pytest.raises(ProtocolError, match="device 'sybil' is not signed by the operator key"):
         trust_in(an_operator()).check_certificate(enrol(server, "sybil").certificate)
 
 
@@ -184,9 +184,9 @@ def test_two_lists_with_one_number_and_a_list_that_forgets_are_refused() -> None
 @pytest.mark.parametrize("change", [{"sequence": 3}, {"device_keys": ()}, {"device_keys": (KEYS[5],)}])
 def test_a_list_that_the_operator_did_not_sign_is_refused(change: dict[str, object]) -> None:
     changed = replace(two_lists(OPERATOR)[1], **change)
-    with pytest.raises(ProtocolError, match="not signed by the operator"):
+    with pytest.raises(ProtocolError, match="not signed by the operator key"):
         trust_in(OPERATOR).updated(changed)
-    with pytest.raises(ProtocolError, match="not signed by the operator"):
+    with pytest.raises(ProtocolError, match="not signed by the operator key"):
         Trust(public(OPERATOR), changed)
 
 
