@@ -12,6 +12,7 @@ import click
 import typer
 
 from fedmini import device_commands, operator_commands
+from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, FedMiniError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ Overrides = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=HelpedCommand)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -66,7 +67,7 @@ def plan(
         typer.echo(f"Next: fedmini operator sign-manifest DIR {shlex.quote(str(manifest_path))}")
 
 
-@app.command()
+@app.command(cls=HelpedCommand)
 def simulate(
     output: Annotated[Path, typer.Option("--output", help="The run's directory.")],
     config: Annotated[Path | None, typer.Argument(help="The run's TOML file; may be left out with --resume.")] = None,
@@ -110,7 +111,7 @@ def _simulate(config: Path | None, output: Path, overrides: list[str], resume: b
     display.print_result(console, result)
 
 
-@app.command()
+@app.command(cls=HelpedCommand)
 def report(directory: Annotated[Path, typer.Argument(help="A run's directory, finished or running.")]) -> None:
     """Plots and numbers of a finished or running run."""
     from fedmini import report
@@ -119,7 +120,7 @@ def report(directory: Annotated[Path, typer.Argument(help="A run's directory, fi
     typer.echo(f"wrote {written}")
 
 
-@app.command()
+@app.command(cls=HelpedCommand)
 def chat(
     adapter: Annotated[Path, typer.Option("--adapter", help="An adapter's folder, such as RUN/adapter.")],
     base: Annotated[str | None, typer.Option("--base", help="The base model, where not the adapter's own.")] = None,

@@ -5,12 +5,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import click
 import typer
-from typer.core import TyperArgument, TyperCommand
 
+from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, UpdateError
 
 if TYPE_CHECKING:
@@ -22,21 +21,7 @@ Found = TypeVar("Found")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The device's own folder.")]
 
 
-class _Command(TyperCommand):
-    """A command whose help shows its arguments' texts: newer releases of click drop those that typer hands over."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        hints = get_type_hints(self.callback, include_extras=True)
-        arguments = [param for param in self.params if isinstance(param, TyperArgument)]
-        rows = [(str(one.metavar), hints[str(one.name)].__metadata__[0].help) for one in arguments]
-        with formatter.section("Arguments"):
-            formatter.write_dl(rows)
-        records = [one.get_help_record(ctx) for one in self.get_params(ctx) if isinstance(one, click.Option)]
-        with formatter.section("Options"):
-            formatter.write_dl([record for record in records if record is not None])
-
-
-@device.command(cls=_Command)
+@device.command(cls=HelpedCommand)
 def init(folder: Folder) -> None:
     """Make a device's signing key, which never leaves it."""
     from fedmini import operator_keys
@@ -51,7 +36,7 @@ def init(folder: Folder) -> None:
     )
 
 
-@device.command(cls=_Command)
+@device.command(cls=HelpedCommand)
 def enrol(
     folder: Folder,
     certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE.json", help="From `fedmini operator certify`.")],
@@ -76,7 +61,7 @@ def enrol(
     )
 
 
-@device.command(cls=_Command)
+@device.command(cls=HelpedCommand)
 def accept(
     folder: Folder,
     signed: Annotated[
@@ -106,7 +91,7 @@ def accept(
     typer.echo(f"Accepted run {found.manifest.run_id}." if is_new else "This device had agreed to it before.")
 
 
-@device.command(cls=_Command)
+@device.command(cls=HelpedCommand)
 def withdraw(
     folder: Folder,
     manifest_hash: Annotated[
@@ -126,7 +111,7 @@ def withdraw(
     typer.echo(f"Left run {run_id}, for good: this device can't join it again. What it has spent stays spent.")
 
 
-@device.command(cls=_Command)
+@device.command(cls=HelpedCommand)
 def status(folder: Folder) -> None:
     """Whom this device believes, and what has left it so far."""
     from fedmini import enrolment
@@ -147,7 +132,7 @@ def status(folder: Folder) -> None:
             typer.echo(f"spent          {unit} epsilon {spent} of {limit:g} in a lifetime, at delta {delta:g}")
 
 
-@device.command(cls=_Command)
+@device.command(cls=HelpedCommand)
 def follow(
     folder: Folder,
     signed: Annotated[

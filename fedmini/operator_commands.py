@@ -6,12 +6,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
-from typer.core import TyperArgument, TyperCommand
 
+from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, ProtocolError, UpdateError
 
 if TYPE_CHECKING:
@@ -27,21 +26,7 @@ PassphraseFile = Annotated[
 ]
 
 
-class _Command(TyperCommand):
-    """A command whose help shows its arguments' texts: newer releases of click drop those that typer hands over."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        hints = get_type_hints(self.callback, include_extras=True)
-        arguments = [param for param in self.params if isinstance(param, TyperArgument)]
-        rows = [(str(one.metavar), hints[str(one.name)].__metadata__[0].help) for one in arguments]
-        with formatter.section("Arguments"):
-            formatter.write_dl(rows)
-        records = [one.get_help_record(ctx) for one in self.get_params(ctx) if isinstance(one, click.Option)]
-        with formatter.section("Options"):
-            formatter.write_dl([record for record in records if record is not None])
-
-
-@operator.command(cls=_Command)
+@operator.command(cls=HelpedCommand)
 def init(
     folder: Folder,
     passphrase: Annotated[bool, typer.Option("--passphrase", help="Ask for a passphrase to encrypt the key.")] = False,
@@ -65,7 +50,7 @@ def init(
     )
 
 
-@operator.command(cls=_Command)
+@operator.command(cls=HelpedCommand)
 def certify(
     folder: Folder,
     device_key: Annotated[Path, typer.Argument(metavar="DEVICE.pub", help="What `fedmini device init` made.")],
@@ -99,7 +84,7 @@ def certify(
         typer.echo(_to_follow(folder))
 
 
-@operator.command(cls=_Command)
+@operator.command(cls=HelpedCommand)
 def revoke(
     folder: Folder,
     name: Annotated[str, typer.Argument(metavar="NAME", help="An enrolled device, as in DIR/devices/NAME.json.")],
@@ -118,7 +103,7 @@ def revoke(
     )
 
 
-@operator.command(cls=_Command)
+@operator.command(cls=HelpedCommand)
 def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
     """Put a new key in the old one's place, signed by it.
 
@@ -138,7 +123,7 @@ def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
     )
 
 
-@operator.command("sign-manifest", cls=_Command)
+@operator.command("sign-manifest", cls=HelpedCommand)
 def sign_manifest(
     folder: Folder,
     manifest: Annotated[

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: Mapping[str, int] = {
     "fedmini.errors": 0,
     "fedmini.types": 0,
+    "fedmini.command_help": 1,
     "fedmini.files": 1,
     "fedmini.vectors": 1,
     "fedmini.config": 1,

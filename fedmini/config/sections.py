@@ -92,7 +92,9 @@ class RoundsSection(Section):
     cohort_size: Count
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     min_survivors: Count | None = None  # None: cohort_size
-    assumed_corrupt_fraction: Fraction = 0.0  # of min_survivors, rounded up to devices; with shared noise a third at most
+    assumed_corrupt_fraction: Fraction = (
+        0.0  # of min_survivors, rounded up to devices; with shared noise a third at most
+    )
     max_participations: Count | None = None  # None: every round
     min_separation: Count = 1
     server_optimizer: Literal["average", "momentum", "adam"] = "average"
