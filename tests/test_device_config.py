@@ -83,3 +83,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=complaint):
         config.load_device_config(path)
+
+
+def test_a_key_that_a_terminal_would_obey_is_shown_spelled_out(tmp_path: Path) -> None:
+    (tmp_path / "device.toml").write_text('[device]\n"\\u001b[2J" = 1\n')
+    with pytest.raises(ConfigError) as refused:
+        config.load_device_config(tmp_path / "device.toml")
+    assert "\\x1b[2J" in str(refused.value) and "\x1b" not in str(refused.value)

@@ -137,6 +137,7 @@ def _absolute(path: Path, folder: Path) -> Path:
 
 def _explain(problem: Any, whole: type[Section]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
+    where = where if where.isprintable() else ascii(where)  # a key may hold what a terminal would obey
     match problem["type"]:
         case "extra_forbidden":
             known = _known_keys(problem["loc"][:-1], whole)

@@ -15,6 +15,7 @@ from fedmini.model import runtime
 from fedmini.privacy import encoding
 from fedmini.privacy.ledger import Ledger
 from fedmini.rundir import RunDirectory
+from fedmini.secagg.server_session import Refusal
 from fedmini.secure_sum import SecureSum
 from fedmini.simulation.progress import Progress, SimulationResult
 from fedmini.simulation.secure import SecureDevices
@@ -131,7 +132,8 @@ class Session:
 
         if self._secure is not None:
             exchange = self._secure.exchange(lost, on_answer)
-            return SecureSum(self._setup.run.manifest, self._secure.trust, exchange)(chosen, task, debit)
+            by_protocol = SecureSum(self._setup.run.manifest, self._secure.trust, exchange, self._note_refusals)
+            return by_protocol(chosen, task, debit)
         debit(Roster(self._setup.run.manifest.run_id, task.round_num, task.attempt, tuple(sorted(chosen))))
         return self._sum_directly([device for device in sorted(chosen) if device not in lost], task, on_answer)
 
@@ -171,6 +173,10 @@ class Session:
             self._directory.checkpoints, Checkpoint(self._setup.run.manifest.hash, state, tuple(self._history))
         )
         self._state = state
+
+    def _note_refusals(self, refusals: Sequence[Refusal]) -> None:
+        for refusal in refusals:
+            self._note(f"{refusal.device}: an answer at stage {refusal.stage.name} was refused: {refusal.reason}")
 
     def _note(self, text: str) -> None:
         self._tell(replace(self._shown, note=text))
