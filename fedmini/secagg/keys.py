@@ -20,10 +20,11 @@ NONCE = bytes(12)  # every sealing key is used for one message: it is derived fr
 class SecretKey:
     """An X25519 private key that can be shared, used, and erased. It never enters a repr, and can't be serialised."""
 
-    __slots__ = ("_scalar",)
+    __slots__ = ("_key", "_scalar")
 
     def __init__(self, scalar: bytes | bytearray) -> None:
         self._scalar = bytearray(scalar)
+        self._key: X25519PrivateKey | None = None  # the library's, made once; it overwrites its own when it is let go
 
     @classmethod
     def draw(cls, random: Random) -> "SecretKey":
@@ -57,13 +58,16 @@ class SecretKey:
 
     def erase(self) -> None:
         """Overwrite the key. It can't be used afterwards."""
+        self._key = None
         scalar, self._scalar = self._scalar, bytearray()
         erase(scalar)
 
     def _private(self) -> X25519PrivateKey:
         if len(self._scalar) != KEY_BYTES:
             raise ProtocolError("the key was erased: a session's keys serve once")
-        return X25519PrivateKey.from_private_bytes(bytes(self._scalar))
+        if self._key is None:
+            self._key = X25519PrivateKey.from_private_bytes(bytes(self._scalar))
+        return self._key
 
 
 def erase(secret: bytearray) -> None:
