@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from fedmini import cli
 
 @dataclass(frozen=True)
 class Answer:
+    """What a command said, and how it ended."""
+
     code: int
     out: str
     err: str
@@ -21,7 +23,9 @@ class Answer:
     def complaint(self) -> str:
         """The one line that an error is."""
         assert self.code == 2, (self.code, self.out, self.err)
-        assert self.err.startswith("fedmini: ") and self.err.count("\n") == 1, self.err
+        assert self.err.startswith("fedmini: ") and self.err.endswith("\n"), self.err
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
         return self.err.removeprefix("fedmini: ").rstrip("\n")
 
 
@@ -34,20 +38,21 @@ def done(answer: Answer) -> str:
     return answer.out
 
 
+def call(arguments: Sequence[str], capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> Answer:
+    """One command, with the arguments that a terminal would hand it."""
+    patch.setattr(sys, "argv", ["fedmini", *arguments])
+    capture.readouterr()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as error:
+        code = int(error.code or 0)
+    said = capture.readouterr()
+    return Answer(code, said.out, said.err)
+
+
 def a_shell(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
     """Calls commands in a folder of their own, where nobody sits at the terminal."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-
-    def call(*arguments: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["fedmini", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        said = capsys.readouterr()
-        return Answer(code, said.out, said.err)
-
-    return call
+    return lambda *arguments: call(arguments, capsys, monkeypatch)

@@ -15,36 +15,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tomli_w
 
-from fedmini import cli, config, pace, rundir
+from fedmini import config, pace, rundir
 from fedmini.privacy.ledger import read_ledger
-from tests import tiny_run
+from tests import command_line, tiny_run
+from tests.command_line import Answer
 
 ROOT = Path(__file__).parent.parent
 SECRET = "qzxqzxqzx"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command said, and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line that an error is."""
-        assert self.code == 2, (self.code, self.out, self.err)
-        assert self.err.startswith("fedmini: ") and self.err.endswith("\n"), self.err
-        assert self.err.count("\n") == 1, self.err
-        assert "Traceback" not in self.err
-        return self.err.removeprefix("fedmini: ").rstrip("\n")
 
 
 class Shell:
@@ -57,15 +39,7 @@ class Shell:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
     def __call__(self, *arguments: str) -> Answer:
-        self._patch.setattr(sys, "argv", ["fedmini", *arguments])
-        self._capture.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        said = self._capture.readouterr()
-        return Answer(code, said.out, said.err)
+        return command_line.call(arguments, self._capture, self._patch)
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         """The same as a process of its own, as a terminal starts it: one started in the background ignores Ctrl-C."""
