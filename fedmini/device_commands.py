@@ -1,7 +1,6 @@
 """`fedmini device ...`: what a device's owner does with its folder. Heavy imports happen inside commands."""
 
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 
 from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, UpdateError
+from fedmini.phrases import quoted
 
 if TYPE_CHECKING:
     from fedmini.enrolment import Enrolment
@@ -29,10 +29,10 @@ def init(folder: Folder) -> None:
     public_key = operator_keys.create_device(folder)
     typer.echo(f"Made {folder}: the device's key, and its public half {public_key.hex()}.")
     typer.echo(
-        f"device.key stays here. Next: send {_quoted(folder / 'device.pub')} to the operator, who enrols it with\n"
+        f"device.key stays here. Next: send {quoted(folder / 'device.pub')} to the operator, who enrols it with\n"
         "  fedmini operator certify DIR device.pub --name NAME --output certificate.json\n"
         "and take the answer, with the operator's public key:\n"
-        f"  fedmini device enrol {_quoted(folder)} certificate.json operator.pub"
+        f"  fedmini device enrol {quoted(folder)} certificate.json operator.pub"
     )
 
 
@@ -57,7 +57,7 @@ def enrol(
     typer.echo(f"Enrolled as {found.device_id} with the operator {public_key.hex()}.")
     typer.echo(
         "Compare that key with the operator in person: the device believes whoever has it.\n"
-        f"Next: fedmini device accept {_quoted(folder)} SIGNED.json, for each run that the device shall be part of."
+        f"Next: fedmini device accept {quoted(folder)} SIGNED.json, for each run that the device shall be part of."
     )
 
 
@@ -230,7 +230,3 @@ def _fields(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))

@@ -2,7 +2,6 @@
 
 import getpass
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, ProtocolError, UpdateError
+from fedmini.phrases import counted, quoted
 
 if TYPE_CHECKING:
     from fedmini.types import Manifest
@@ -45,8 +45,8 @@ def init(
     typer.echo(f"Made {folder}: the operator's key ({state}) and its public half {public_key.hex()}.")
     typer.echo(
         "Who has operator.key can enrol devices and sign manifests: keep this folder off the server, with a backup.\n"
-        f"Next: give {_quoted(folder / 'operator.pub')} to every device, and enrol each with\n"
-        f"  fedmini operator certify {_quoted(folder)} DEVICE.pub --name NAME --output NAME.certificate.json"
+        f"Next: give {quoted(folder / 'operator.pub')} to every device, and enrol each with\n"
+        f"  fedmini operator certify {quoted(folder)} DEVICE.pub --name NAME --output NAME.certificate.json"
     )
 
 
@@ -77,7 +77,7 @@ def certify(
         f"Enrolled {certificate.device_id} with the key {public_key.hex()}: is it the one that the device shows?"
     )
     typer.echo(
-        f"Next: give {_quoted(written)} and {_quoted(folder / 'operator.pub')} to the device, whose owner enrols it with\n"
+        f"Next: give {quoted(written)} and {quoted(folder / 'operator.pub')} to the device, whose owner enrols it with\n"
         "  fedmini device enrol DIR CERTIFICATE.json OPERATOR.pub"
     )
     if revoked is not None:
@@ -97,7 +97,7 @@ def revoke(
         revocations = opened.revoke(name)
     typer.echo(f"Revoked {name}: it is on the list of revocations number {revocations.sequence} now.")
     typer.echo(
-        f"Next: give {_quoted(folder / 'revocations.json')} to the server, which passes it on in the next round.\n"
+        f"Next: give {quoted(folder / 'revocations.json')} to the server, which passes it on in the next round.\n"
         "A server that lies can keep it back from devices that have not seen it: in runs whose manifest was signed before, and\n"
         "with that old signature. Manifests of new runs are signed with it; where a server is suspected, end its runs."
     )
@@ -118,7 +118,7 @@ def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
         "The old key is removed: it has nothing left to sign, and a thief of it could lead devices elsewhere. Where it was\n"
         "stolen already, a rotation is not enough: begin a new folder, and enrol every device again.\n"
         "Next: sign the manifests of running runs again, give operator.pub to devices that are enrolled from now on, and to\n"
-        f"the server and the devices of before, from {_quoted(folder)}, what devices follow with\n"
+        f"the server and the devices of before, from {quoted(folder)}, what devices follow with\n"
         f"  fedmini device follow DIR {_after_rotation(folder, enrolled)}"
     )
 
@@ -154,7 +154,7 @@ def sign_manifest(
     written = output or manifest.with_suffix(".signed.json")
     operator_keys.write_file(written, trust_text.write_signed_manifest(signed))
     typer.echo(f"Signed it, for devices that have seen revocations number {signed.min_revocations} or later.")
-    typer.echo(f"Next: give {_quoted(written)} to the server, which passes it on to the devices.")
+    typer.echo(f"Next: give {quoted(written)} to the server, which passes it on to the devices.")
     if signed.min_revocations > 0:
         typer.echo(_to_follow(folder))
 
@@ -167,7 +167,7 @@ def _check_output(output: Path | None) -> None:
 
 def _to_follow(folder: Path) -> str:
     """What a device has to see before it accepts a manifest that is signed now."""
-    newest = _quoted(folder / "revocations.json")
+    newest = quoted(folder / "revocations.json")
     return f"Devices that have not seen {newest} need it too:\n  fedmini device follow DIR REVOCATIONS.json"
 
 
@@ -206,8 +206,8 @@ def _describe(manifest: "Manifest") -> list[str]:
     release = manifest.release
     lines = [
         f"Manifest {manifest.hash}",
-        f"  run {manifest.run_id}: {_counted(manifest.num_rounds, 'round')} of about {release.cohort_size} devices, "
-        f"each releasing at most {_counted(release.max_releases, 'time')}; base {manifest.base_fingerprint[:16]}...",
+        f"  run {manifest.run_id}: {counted(manifest.num_rounds, 'round')} of about {release.cohort_size} devices, "
+        f"each releasing at most {counted(release.max_releases, 'time')}; base {manifest.base_fingerprint[:16]}...",
     ]
     for unit in release.units:
         shown = accounting.rounded_up(floors.run_epsilon(unit, manifest))
@@ -259,11 +259,3 @@ def _read_passphrase(path: Path) -> bytes:
     if not 0 < len(line) <= MAX_PASSPHRASE_BYTES:
         raise ConfigError(f"{path}: expected a passphrase of 1 to {MAX_PASSPHRASE_BYTES} bytes on its first line")
     return line
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))

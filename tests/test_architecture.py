@@ -28,6 +28,7 @@ LAYERS: Mapping[str, int] = {
     "fedmini.config": 1,
     "fedmini.manifest_file": 1,
     "fedmini.metrics": 1,
+    "fedmini.phrases": 1,
     "fedmini.privacy": 2,
     "fedmini.secagg": 2,
     "fedmini.model": 2,

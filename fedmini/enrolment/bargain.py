@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from fedmini import floors, statement, sums
 from fedmini.enrolment.enrolled import Enrolment
+from fedmini.phrases import counted
 from fedmini.privacy import accounting
 from fedmini.types import ADJACENCY, Manifest, UnitPlan
 
@@ -19,8 +20,8 @@ def describe(manifest: Manifest, own: Enrolment) -> Iterator[str]:
     upload = sums.upload_bytes(manifest) + SHARES_BYTES * release.max_devices
     yield f"run            {manifest.run_id}, manifest {manifest.hash}"
     yield (
-        f"takes part     at most {_counted(release.max_releases, 'time')}, lost attempts counted, in "
-        f"{_counted(manifest.num_rounds, 'round')} of "
+        f"takes part     at most {counted(release.max_releases, 'time')}, lost attempts counted, in "
+        f"{counted(manifest.num_rounds, 'round')} of "
         f"about {release.cohort_size} devices"
     )
     yield f"sends          about {upload:,} bytes each time, {upload * release.max_releases:,} in all"
@@ -58,7 +59,3 @@ def _shown(epsilon: float) -> str:
 def _left(limit: float, spent: float) -> str:
     """What is left of a limit, rounded down."""
     return f"{math.floor(max(0.0, limit - spent) * 1000 + 1e-6) / 1000:.3f}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -34,7 +34,10 @@ def add_masks(total: Residues, added: Sequence[bytes], subtracted: Sequence[byte
 
 
 def mask_and_pack(vector: Residues, added: Sequence[bytes], subtracted: Sequence[bytes], modulus_bits: int) -> bytes:
-    """The packed vector under its masks, made a chunk at a time; the vector itself stays as it is."""
+    """The packed vector under its masks, made a chunk at a time; the vector itself stays as it is.
+
+    Packed is the low `modulus_bits` of every coordinate, little-endian, 3 or 4 bytes each.
+    """
     _check_modulus(modulus_bits)
     streams = _Streams(added, subtracted)
     width = modulus_bits // 8
@@ -75,11 +78,6 @@ def packed_size(num_coordinates: int, modulus_bits: int) -> int:
     """Bytes of a packed vector."""
     _check_modulus(modulus_bits)
     return num_coordinates * modulus_bits // 8
-
-
-def pack(vector: Residues, modulus_bits: int) -> bytes:
-    """The low `modulus_bits` of every coordinate, little-endian, 3 or 4 bytes each."""
-    return mask_and_pack(vector, (), (), modulus_bits)
 
 
 def _pack_into(packed: NDArray[np.uint8], vector: Residues) -> None:

@@ -130,14 +130,10 @@ def _is_canonical(message: Message, content: bytes) -> bool:
     if _FIELDS[type(message)][name] is not _LARGE:
         return encode(message) == content
     size = len(getattr(message, name))
+    header_bytes = 2 if size < 2**8 else 3 if size < 2**16 else 5  # of a binary field in its shortest form
     replaced: Any = {name: b""}
-    empty = encode(dataclasses.replace(message, **replaced))[:-2]
-    head = (
-        msgpack.packb(b"\0" * size, use_bin_type=True)[: -size or None]
-        if size < 2**16
-        else b"\xc6" + size.to_bytes(4, "big")
-    )
-    return len(content) == len(empty) + len(head) + size and content.startswith(empty + head)
+    before = encode(dataclasses.replace(message, **replaced))[:-2]
+    return len(content) == len(before) + header_bytes + size and content.startswith(before)
 
 
 _DIGEST = fields.blob(DIGEST_BYTES)

@@ -40,6 +40,10 @@ def residues(num_coordinates: int) -> np.ndarray:
     return found
 
 
+def pack(vector: np.ndarray, modulus_bits: int) -> bytes:
+    return masks.mask_and_pack(vector, (), (), modulus_bits)
+
+
 def packed(vector: np.ndarray, modulus_bits: int) -> bytes:
     """One coordinate after the other, little-endian, its low bytes only."""
     return vector.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : modulus_bits // 8].tobytes()
@@ -116,7 +120,7 @@ def test_masks_in_pairs_cancel_in_the_sum_of_packed_vectors(modulus_bits, num_de
         masks.add_mask(masked[other], key, subtract=True)
     total = np.zeros(num_coordinates, np.uint32)
     for vector in masked:
-        masks.add_packed(total, masks.pack(vector, modulus_bits), modulus_bits)
+        masks.add_packed(total, pack(vector, modulus_bits), modulus_bits)
     expected = sum(vector.astype(object) for vector in vectors) % 2**modulus_bits
     assert masks.reduce(total, modulus_bits).tolist() == expected.tolist()
 
@@ -139,7 +143,7 @@ def test_a_mask_takes_the_memory_of_a_chunk_whatever_its_length():
 @pytest.mark.parametrize("num_coordinates", LENGTHS)
 def test_a_packed_vector_is_the_low_bytes_of_each_coordinate(num_coordinates, modulus_bits):
     vector = residues(num_coordinates)
-    found = masks.pack(vector, modulus_bits)
+    found = pack(vector, modulus_bits)
     assert found == packed(vector, modulus_bits)
     assert len(found) == masks.packed_size(num_coordinates, modulus_bits) == num_coordinates * modulus_bits // 8
 
@@ -159,7 +163,7 @@ def test_a_hundred_and_fifty_vectors_of_the_largest_residues_are_summed_exactly(
     total = np.zeros(9, np.uint32)
     largest = np.full(9, 2**modulus_bits - 1, np.uint32)
     for _ in range(150):
-        masks.add_packed(total, masks.pack(largest, modulus_bits), modulus_bits)
+        masks.add_packed(total, pack(largest, modulus_bits), modulus_bits)
     assert masks.reduce(total, modulus_bits).tolist() == [2**modulus_bits - 150] * 9
 
 
@@ -175,7 +179,7 @@ def test_reducing_keeps_the_low_bits(modulus_bits, values):
 def test_packing_leaves_the_vector_as_it_was_and_takes_a_view(modulus_bits):
     vector = residues(2 * 69)
     before = vector.copy()
-    assert masks.pack(vector[::2], modulus_bits) == packed(before[::2], modulus_bits)
+    assert pack(vector[::2], modulus_bits) == packed(before[::2], modulus_bits)
     np.testing.assert_array_equal(vector, before)
 
 
@@ -195,7 +199,7 @@ def test_a_vector_of_another_size_is_refused_and_nothing_is_added(modulus_bits, 
 def test_another_modulus_is_refused(modulus_bits):
     vector = np.zeros(4, np.uint32)
     for use in (
-        lambda: masks.pack(vector, modulus_bits),
+        lambda: pack(vector, modulus_bits),
         lambda: masks.add_packed(vector, b"", modulus_bits),
         lambda: masks.packed_size(4, modulus_bits),
     ):
