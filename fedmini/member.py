@@ -78,7 +78,7 @@ class ForThisProcess:
 
 
 class Member:
-    """One device of a run. `contribute` computes what it gives to a task: `Device.contribute`, in the end.
+    """One device of a run. `contribute` computes what it gives to a task: `Contributor.contribute`, in the end.
 
     Without a ledger (a run without privacy) it keeps no record, and takes part in whatever it is asked for. One request
     at a time: another thread's is refused while one is answered.

@@ -1,6 +1,14 @@
 """RunConfig: one TOML file describes a run. DeviceConfig: one describes a device."""
 
-from fedmini.config.device_sections import DeviceConfig, DeviceSection, FloorsSection
+from fedmini.config.device_sections import (
+    ConditionsSection,
+    ConsentSection,
+    DeviceConfig,
+    DeviceSection,
+    FloorsSection,
+    StoreSection,
+    TrainingSection,
+)
 from fedmini.config.sections import (
     BaseSection,
     DataSection,
@@ -27,6 +35,8 @@ from fedmini.config.toml_file import (
 
 __all__ = [
     "BaseSection",
+    "ConditionsSection",
+    "ConsentSection",
     "DataSection",
     "DeviceConfig",
     "DevicePrivacy",
@@ -42,6 +52,8 @@ __all__ = [
     "RunSection",
     "Section",
     "SimulationSection",
+    "StoreSection",
+    "TrainingSection",
     "UnitPrivacy",
     "dump_run_config",
     "load_device_config",

@@ -1,5 +1,6 @@
 """What a device's own file may say: what its owner allows, whatever a server or an operator asks for."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -11,8 +12,10 @@ TargetDelta = Annotated[float, Field(gt=1e-12, lt=1)]
 
 
 class DeviceSection(Section):
-    """What all runs together may cost, for each kind of unit by itself."""
+    """Which server this device takes part with, and what all runs together may cost, for each kind of unit by itself."""
 
+    server: Annotated[str, Field(pattern=r"^https?://[^\s/]+$")] | None = None  # https://HOST:PORT
+    server_key: Path | None = None  # the certificate that the server's is checked against, PEM; None: the system's
     lifetime_epsilon: Positive = 10.0
     lifetime_delta: TargetDelta = 1e-5
 
@@ -31,8 +34,49 @@ class FloorsSection(Section):
     allow_server_noise: bool | None = None
 
 
+class StoreSection(Section):
+    """How many of a person's examples are kept, how long, and in how much room; the oldest go first."""
+
+    max_examples: Count = 10_000
+    max_age_days: Positive | None = None  # None: no limit
+    max_bytes: Count = 64 * 2**20
+
+
+class ConditionsSection(Section):
+    """When this device may train. What it can't find out about itself doesn't stop it, but for a battery's state."""
+
+    on_power: bool = True  # only while it is plugged in, or has no battery
+    idle: bool = True  # only while nobody uses it
+    unmetered: bool = True  # only on a network that costs nothing by volume
+    max_temperature_c: Positive | None = 80.0  # of the hottest sensor
+    min_free_memory_bytes: Annotated[int, Field(ge=0)] = 2**30
+    quiet_hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    max_minutes_per_day: Positive | None = 120.0
+    max_contributions_per_day: Count | None = None
+
+
+class TrainingSection(Section):
+    """What one round of training may take on this device; a round that would take more goes on without it."""
+
+    max_seconds: Positive = 900.0
+    max_memory_bytes: Count = 2 * 2**30  # of the whole process; checked between batches
+    max_examples: Count = 1000  # in a run's frozen training set
+    num_threads: Annotated[int, Field(ge=0)] = 1  # 0: one for each core this process may use
+    physical_batch_size: Count = 4  # examples in memory at once
+
+
+class ConsentSection(Section):
+    """Runs that are agreed to in advance, by the hash of their manifest; any other asks the device's owner."""
+
+    manifests: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+
+
 class DeviceConfig(Section):
     """One device, as its TOML file describes it. Every section has defaults: an empty file is a whole one."""
 
     device: DeviceSection = DeviceSection()
     floors: FloorsSection = FloorsSection()
+    store: StoreSection = StoreSection()
+    conditions: ConditionsSection = ConditionsSection()
+    training: TrainingSection = TrainingSection()
+    consent: ConsentSection = ConsentSection()

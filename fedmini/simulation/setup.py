@@ -14,7 +14,7 @@ import numpy as np
 
 from fedmini import data, planning, rounds, rundir
 from fedmini.config import RunConfig
-from fedmini.device import Device
+from fedmini.contributor import Contributor
 from fedmini.errors import ConfigError, StateError
 from fedmini.model import loading, runtime
 from fedmini.model.lora import LoraModel
@@ -42,7 +42,7 @@ class Setup:
     config: RunConfig  # with everything that was "auto" resolved
     run: rounds.Run
     model: LoraModel
-    devices: Mapping[DeviceId, Device]
+    devices: Mapping[DeviceId, Contributor]
     held_out: tuple[EncodedExample, ...]
     evaluated_on: str  # in words
     environment: Mapping[str, Any]
@@ -109,7 +109,7 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
         run=rounds.Run(manifest, planning.server_plan(config), tuple(examples), streams, config.run.seed is not None),
         model=model,
         devices={
-            name: Device(name, found, model, manifest, streams, config.local.physical_batch_size)
+            name: Contributor(name, found, model, manifest, streams, config.local.physical_batch_size)
             for name, found in examples.items()
         },
         held_out=held_out,

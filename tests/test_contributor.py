@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedmini import planning
-from fedmini.device import Device
+from fedmini.contributor import Contributor
 from fedmini.errors import ModelMismatchError, UpdateError
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import encoding, noise
@@ -36,7 +36,7 @@ def a_task(model: LoraModel, manifest: Manifest, fill: float = 0.01) -> TrainTas
 
 def contribute(model: LoraModel, manifest: Manifest, task: TrainTask, examples=EXAMPLES) -> np.ndarray:
     """The integers of a contribution, centred, before the server sees any other."""
-    contribution = Device("d", examples, model, manifest, STREAMS).contribute(task)
+    contribution = Contributor("d", examples, model, manifest, STREAMS).contribute(task)
     assert isinstance(contribution, Contribution)
     assert contribution.vector.dtype == np.uint32
     assert contribution.vector.shape == (manifest.num_coordinates,)
@@ -53,7 +53,7 @@ def share_of(manifest: Manifest) -> np.ndarray:
 @pytest.mark.parametrize("privacy", sorted(tiny_run.PRIVACY))
 def test_every_mode_gives_one_vector_of_residues_below_the_modulus(model, tmp_path, privacy) -> None:
     manifest = a_manifest(model, tmp_path, privacy)
-    contribution = Device("d", EXAMPLES, model, manifest, STREAMS).contribute(a_task(model, manifest))
+    contribution = Contributor("d", EXAMPLES, model, manifest, STREAMS).contribute(a_task(model, manifest))
     assert contribution.vector.max() < 2**manifest.release.modulus_bits
 
 
@@ -112,21 +112,21 @@ def test_a_device_with_another_base_refuses_before_any_training(model, tmp_path)
     manifest = a_manifest(model, tmp_path, "example-shared")
     other = LoraModel(replace(tiny_llama.base(seed=1), weights_digest="1" * 64), tiny_llama.SHAPE)
     with pytest.raises(ModelMismatchError, match="install the run's base model"):
-        Device("d", EXAMPLES, other, manifest, STREAMS)
+        Contributor("d", EXAMPLES, other, manifest, STREAMS)
 
 
 def test_a_device_whose_frozen_a_differs_refuses(model, tmp_path) -> None:
     manifest = a_manifest(model, tmp_path, "example-shared")
     other = LoraModel(tiny_llama.base(), replace(tiny_llama.SHAPE, seed=1))
     with pytest.raises(ModelMismatchError):
-        Device("d", EXAMPLES, other, manifest, STREAMS)
+        Contributor("d", EXAMPLES, other, manifest, STREAMS)
 
 
 def test_a_task_of_another_manifest_is_refused(model, tmp_path) -> None:
     manifest = a_manifest(model, tmp_path, "example-shared")
     task = replace(a_task(model, manifest), manifest_hash="f" * 64)
     with pytest.raises(UpdateError, match="this device agreed to"):
-        Device("d", EXAMPLES, model, manifest, STREAMS).contribute(task)
+        Contributor("d", EXAMPLES, model, manifest, STREAMS).contribute(task)
 
 
 def test_an_adapter_that_is_not_the_runs_is_refused_by_name(model, tmp_path) -> None:
@@ -134,9 +134,9 @@ def test_an_adapter_that_is_not_the_runs_is_refused_by_name(model, tmp_path) -> 
     name = manifest.template[0][0]
     task = replace(a_task(model, manifest), adapter={name: np.zeros((1, 1), np.float32)})
     with pytest.raises(UpdateError, match="lora_B"):
-        Device("d", EXAMPLES, model, manifest, STREAMS).contribute(task)
+        Contributor("d", EXAMPLES, model, manifest, STREAMS).contribute(task)
 
 
 def test_a_device_shows_nothing_of_its_examples(model, tmp_path) -> None:
     manifest = a_manifest(model, tmp_path, "none")
-    assert repr(Device("d", EXAMPLES, model, manifest, STREAMS)) == "Device('d', 6 examples)"
+    assert repr(Contributor("d", EXAMPLES, model, manifest, STREAMS)) == "Contributor('d', 6 examples)"

@@ -1,4 +1,4 @@
-"""Device: turns a TrainTask into a Contribution, the only thing that ever leaves it."""
+"""Contributor: turns a TrainTask into a Contribution, the only thing that ever leaves it."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from fedmini.privacy.noise import Streams
 from fedmini.types import Contribution, DeviceId, EncodedExample, IntVector, Manifest, TrainTask
 
 
-class Device:
+class Contributor:
     """One device: its examples, the model it trains, and the manifest it agreed to.
 
     `streams` gives all of its randomness: which examples a step draws, how a vector is rounded, and the noise.
@@ -43,7 +43,7 @@ class Device:
         self._physical_batch_size = physical_batch_size
 
     def __repr__(self) -> str:
-        return f"Device({self.device_id!r}, {len(self._examples)} examples)"
+        return f"Contributor({self.device_id!r}, {len(self._examples)} examples)"
 
     def contribute(self, task: TrainTask) -> Contribution:
         """Train as the manifest says and give the update: clipped, rounded, noised where the noise is this device's.
