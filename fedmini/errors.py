@@ -5,8 +5,10 @@ FedMiniError
 ├── ModelMismatchError    this device's base or LoRA shape is not the run's   -> update the device
 ├── UpdateError           a message can't be used                             -> refused and counted; a round goes on
 ├── CohortError           too few devices                                     -> wait or stop; the message says what was spent
+│   └── AttemptsError     too many attempts were lost after they were paid for -> the run is over; everything is saved
 ├── ProtocolError         the other side broke the secure-aggregation rules   -> abort, reveal nothing
 ├── PrivacyBudgetError    the next release would pass the budget              -> the run is over; everything is saved
+├── LinkError             the other side can't be reached, or knows us no more -> try again later
 └── StateError            saved state is missing, damaged, locked or another run's -> never start again silently
 
 A message says what was expected, what came, and what to do. It never holds anything that a person typed.
@@ -31,6 +33,18 @@ class UpdateError(FedMiniError):
 
 class CohortError(FedMiniError):
     """Too few devices. Its message says whether anything was spent: after the debit, it was."""
+
+
+class AttemptsError(CohortError):
+    """So many attempts were lost after their debit that no spare one is left; what was committed is saved."""
+
+
+class LinkError(FedMiniError):
+    """The other side can't be reached, or refuses to talk: `status` is its HTTP answer, where there was one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ProtocolError(FedMiniError):

@@ -5,23 +5,25 @@ Nothing here knows a network, a disk or an accelerator, and nothing here has a n
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmini import metrics, sums
-from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError
+from fedmini import cohorts, metrics, sums
+from fedmini.errors import AttemptsError, CohortError, PrivacyBudgetError, ProtocolError, StateError
 from fedmini.privacy import accounting, encoding, noise
 from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import Streams
 from fedmini.server_step import ServerPlan, num_asked, server_step
 from fedmini.types import (
+    Aggregate,
     CohortSum,
     DeviceId,
+    IntVector,
     Manifest,
-    Participation,
     Roster,
     RoundReport,
     ServerState,
@@ -34,13 +36,38 @@ OnRound = Callable[[ServerState, RoundReport], None]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run, as the server knows it. `is_replayed`: its randomness is seeded, so that an attempt can be repeated."""
+    """One run, as the server knows it.
+
+    `is_seeded`: its randomness comes from a seed, and so protects nobody. `is_replayed`: all of it does, the devices'
+    too, so that an attempt can be repeated bit for bit.
+    """
 
     manifest: Manifest
     server: ServerPlan
-    population: tuple[DeviceId, ...]
+    population: Callable[[], Sequence[DeviceId]]  # whom a round may ask, now
     streams: Streams
+    is_seeded: bool
     is_replayed: bool
+
+
+class Aggregates(Protocol):
+    """Where a sum is kept from when it is there until its round is committed, so that a crash can't lose it."""
+
+    def load(self, run_id: str, round_num: int) -> Aggregate | None:
+        """The sum of this round, where one was kept."""
+
+    def save(self, aggregate: Aggregate) -> None:
+        """Keep a sum: it is on the disk when this returns."""
+
+
+class KeepsNone:
+    """Keeps no sum: a seeded run forms it again, any other pays for a new attempt."""
+
+    def load(self, run_id: str, round_num: int) -> None:
+        """Nothing."""
+
+    def save(self, aggregate: Aggregate) -> None:
+        """Nothing is kept."""
 
 
 def train(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, on_round: OnRound) -> ServerState:
@@ -54,18 +81,31 @@ def train(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, o
     return state
 
 
-def run_round(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger) -> tuple[ServerState, RoundReport]:
-    """One round, in as many attempts as it takes: a debited attempt that lost too many devices stays paid for."""
+def run_round(
+    state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, aggregates: Aggregates | None = None
+) -> tuple[ServerState, RoundReport]:
+    """One round, in as many attempts as it takes: a debited attempt that lost too many devices stays paid for.
+
+    A sum that `aggregates` kept is taken as it is: nothing is asked for, and nothing debited, again.
+    """
+    aggregates = aggregates or KeepsNone()
     round_num = state.round_num + 1
+    kept = aggregates.load(run.manifest.run_id, round_num)
+    if kept is not None:
+        _check_kept(kept, run, ledger)
+        return _committed(state, run, kept, ledger, started=time.monotonic())
     debited = ledger.last_attempt(round_num)
     attempt = 0 if run.is_replayed or debited is None else debited + 1
     while True:
         try:
-            return _attempt(state, run, sum_cohort, ledger, attempt)
+            started = time.monotonic()
+            aggregate = _attempt(state, run, sum_cohort, ledger, attempt)
+            aggregates.save(aggregate)
+            return _committed(state, run, aggregate, ledger, started)
         except _LostCohortError as error:
-            state = replace(state, participations=_participations(state, error.roster, counted=False))
+            state = replace(state, participations=cohorts.participations(state, error.roster, counted=False))
             if _num_lost(state, run, ledger, attempt) > run.server.spare_attempts:
-                raise CohortError(
+                raise AttemptsError(
                     f"round {round_num}: {error}, and no spare attempt is left; "
                     "raise rounds.over_selection or rounds.spare_attempts"
                 ) from error
@@ -90,13 +130,29 @@ class _LostCohortError(CohortError):
         self.roster = roster
 
 
-def _attempt(
-    state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, attempt: int
-) -> tuple[ServerState, RoundReport]:
-    started = time.monotonic()
+def _check_kept(kept: Aggregate, run: Run, ledger: Ledger) -> None:
+    """Raise StateError unless a sum that was kept was paid for, and fits the run."""
+    roster, release = kept.roster, run.manifest.release
+    is_paid = not release.units or ledger.is_debited(roster.round_num, roster.attempt)
+    enough = release.min_survivors <= kept.num_devices <= len(roster.devices)
+    if not (is_paid and enough and kept.integers.shape == (run.manifest.num_coordinates,)):
+        raise StateError(
+            f"the sum that was kept for round {roster.round_num}, attempt {roster.attempt}, is not in the ledger, or not of "
+            "this run: bring ledger and sum back from one backup"
+        )
+
+
+def _attempt(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, attempt: int) -> Aggregate:
+    """The sum of one attempt, with all its noise. Raises CohortError: _LostCohortError where it was debited before."""
     manifest, release = run.manifest, run.manifest.release
     round_num = state.round_num + 1
-    chosen = choose_cohort(state, run, attempt)
+    chosen = cohorts.choose(
+        state,
+        run.population(),
+        release,
+        num_asked(release.cohort_size, run.server.over_selection),
+        run.streams("cohort", "round", round_num, "attempt", attempt),
+    )
     task = TrainTask(manifest.hash, round_num, attempt, state.adapter)
     rosters: list[Roster] = []
 
@@ -128,17 +184,28 @@ def _attempt(
             f"{cohort.num_devices} devices were left, {release.min_survivors} are needed; what was debited stays spent",
             rosters[0],
         )
-    total = _noised_by_server(cohort, run, round_num, attempt)
-    mean = total[: manifest.num_coordinates - release.num_metrics] / sums.mean_denominator(manifest)
+    return Aggregate(rosters[0], cohort.num_devices, _noised_by_server(cohort, run, round_num, attempt))
+
+
+def _committed(
+    state: ServerState, run: Run, aggregate: Aggregate, ledger: Ledger, started: float
+) -> tuple[ServerState, RoundReport]:
+    """The state after a round whose sum is there: the same for the same sum, whenever it is taken."""
+    manifest, roster = run.manifest, aggregate.roster
+    total = aggregate.integers / manifest.release.scale
+    mean = total[: manifest.num_coordinates - manifest.release.num_metrics] / sums.mean_denominator(manifest)
     new_state = replace(
         server_step(state, mean, manifest, run.server),
-        round_num=round_num,
-        participations=_participations(state, rosters[0], counted=True),
+        round_num=roster.round_num,
+        participations=cohorts.participations(state, roster, counted=True),
         ledger=ledger.position,
     )
-    report = _report(run, total, mean, cohort, ledger)
+    report = _report(run, total, mean, aggregate.num_devices, ledger)
     return new_state, replace(
-        report, round_num=round_num, num_sampled=len(rosters[0].devices), seconds=time.monotonic() - started
+        report,
+        round_num=roster.round_num,
+        num_sampled=len(roster.devices),
+        seconds=time.monotonic() - started,
     )
 
 
@@ -157,32 +224,6 @@ def _check_roster(roster: Roster, task: TrainTask, run: Run, chosen: tuple[Devic
         )
 
 
-def choose_cohort(state: ServerState, run: Run, attempt: int) -> tuple[DeviceId, ...]:
-    """Whom to ask: uniformly, without replacement, among the devices that may still take part. Claims no amplification."""
-    release, round_num = run.manifest.release, state.round_num + 1
-    eligible = [
-        device
-        for device in sorted(run.population)
-        if _may_take_part(state, device, release.max_participations, release.min_separation)
-    ]
-    wanted = num_asked(release.cohort_size, run.server.over_selection)
-    if len(eligible) < release.min_survivors:
-        raise CohortError(
-            f"round {round_num}: {len(eligible)} of {len(run.population)} devices may still take part, "
-            f"{release.min_survivors} are needed; nothing was spent"
-        )
-    stream = run.streams("cohort", "round", round_num, "attempt", attempt)
-    return tuple(eligible[index] for index in stream.subset(len(eligible), min(wanted, len(eligible))))
-
-
-def _may_take_part(state: ServerState, device: DeviceId, max_participations: int, min_separation: int) -> bool:
-    past = state.participations.get(device)
-    if past is None:
-        return True
-    since = state.round_num + 1 - past.last_round
-    return past.count < max_participations and (since >= min_separation or since == 0)  # 0: another attempt
-
-
 def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None:
     """Write what this attempt costs, before any contribution is asked for; refuse where it would pass the budget."""
     manifest = run.manifest
@@ -193,7 +234,7 @@ def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None
     counts = (state.participations[device].count for device in roster.devices if device in state.participations)
     participation = max(counts, default=0) + abandoned + 1
     if ledger.is_debited(roster.round_num, roster.attempt):
-        ledger.debit(roster, events, participation, run.is_replayed)  # a replay of the same bits, or an error
+        ledger.debit(roster, events, participation, run.is_seeded)  # a replay of the same bits, or an error
         return
     budgets = dict(manifest.target_epsilon)
     for unit, event in zip(manifest.release.units, events, strict=True):
@@ -204,33 +245,24 @@ def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None
                 f"round {roster.round_num} would bring the {unit.unit} epsilon to {after:.4g}, the budget is {budget:g}: "
                 "the run ends here, with everything up to the round before saved"
             )
-    ledger.debit(roster, events, participation, run.is_replayed)
+    ledger.debit(roster, events, participation, run.is_seeded)
 
 
-def _noised_by_server(cohort: CohortSum, run: Run, round_num: int, attempt: int) -> NDArray[np.float64]:
-    """The decoded sum, with the server's noise added over the integers where the plan says so. (num_coordinates,)"""
+def _noised_by_server(cohort: CohortSum, run: Run, round_num: int, attempt: int) -> IntVector:
+    """The sum as integers, with the server's noise added over the integers where the plan says so. (num_coordinates,)"""
     release = run.manifest.release
     integers = encoding.unwrap(cohort.total, release.modulus_bits)
     if release.device is not None and release.device.noise == "server":
         stream = run.streams("server noise", "round", round_num, "attempt", attempt)
         integers = integers + noise.discrete_gaussian(release.device.noise_variance, len(integers), stream)
-    return integers / release.scale
-
-
-def _participations(state: ServerState, roster: Roster, *, counted: bool) -> dict[DeviceId, Participation]:
-    """Who took part how often, and when last. A lost attempt isn't counted, but its devices remember when it was."""
-    after = dict(state.participations)
-    for device in roster.devices:
-        count = after[device].count if device in after else 0
-        after[device] = Participation(count + counted, roster.round_num)
-    return after
+    return integers
 
 
 def _report(
-    run: Run, total: NDArray[np.float64], mean: NDArray[np.float64], cohort: CohortSum, ledger: Ledger
+    run: Run, total: NDArray[np.float64], mean: NDArray[np.float64], num_devices: int, ledger: Ledger
 ) -> RoundReport:
     manifest, release = run.manifest, run.manifest.release
-    noise_std = sums.noise_std_of_sum(manifest, cohort.num_devices)
+    noise_std = sums.noise_std_of_sum(manifest, num_devices)
     expected_noise = noise_std / sums.mean_denominator(manifest) * math.sqrt(len(mean))
     found = None
     if release.num_metrics:
@@ -240,7 +272,7 @@ def _report(
     return RoundReport(
         round_num=0,
         num_sampled=0,
-        num_survivors=cohort.num_devices,
+        num_survivors=num_devices,
         upload_bytes_per_device=sums.upload_bytes(manifest),
         download_bytes_per_device=sums.download_bytes(manifest),
         seconds=0.0,

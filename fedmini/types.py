@@ -177,6 +177,15 @@ class CohortSum:
     num_devices: int
 
 
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """A sum as it is released: decoded to integers, with the server's noise in it where that is the plan's."""
+
+    roster: Roster
+    num_devices: int
+    integers: IntVector
+
+
 SumCohort: TypeAlias = Callable[[Sequence[DeviceId], TrainTask, Callable[[Roster], None]], CohortSum]
 """The one seam between the algorithm and the devices. The last argument debits the ledger; it is called exactly
 once, when the roster is fixed and before any contribution is asked for."""

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmini import config, planning, rounds
+from fedmini import cohorts, config, planning, rounds
 from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError, StateError
 from fedmini.privacy import encoding
 from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import RandomStream
+from fedmini.server_step import num_asked
 from fedmini.types import (
     CohortSum,
     DeviceId,
@@ -49,7 +50,16 @@ def a_run(changes: Mapping[str, Any] | None = None, seed: int | None = 1) -> rou
     parsed = config.parse_run_config(values)
     manifest = planning.make_manifest(parsed, "test-run", planning.Base("base", TEMPLATE), None)
     streams = (lambda *purpose: RandomStream.from_os()) if seed is None else partial(RandomStream.seeded, seed)
-    return rounds.Run(manifest, planning.server_plan(parsed), DEVICES, streams, seed is not None)
+    is_seeded = seed is not None
+    return rounds.Run(manifest, planning.server_plan(parsed), lambda: DEVICES, streams, is_seeded, is_seeded)
+
+
+def choose(state: ServerState, run: rounds.Run) -> tuple[DeviceId, ...]:
+    """Whom the first attempt at a round asks."""
+    release = run.manifest.release
+    wanted = num_asked(release.cohort_size, run.server.over_selection)
+    stream = run.streams("cohort", "round", state.round_num + 1, "attempt", 0)
+    return cohorts.choose(state, run.population(), release, wanted, stream)
 
 
 NO_PRIVACY = {"privacy": {"none": True}}
@@ -186,7 +196,7 @@ def test_devices_of_a_lost_attempt_may_come_to_the_next_one_and_then_pause(ledge
     state, _ = rounds.run_round(a_state(ledger), run, sum_cohort, ledger)
     assert len(lost[0]) == 12 and sorted(found.count for found in state.participations.values()) == [0] * 6 + [1] * 6
     with pytest.raises(CohortError, match="0 of 12 devices may still take part"):
-        rounds.choose_cohort(state, run, 0)
+        choose(state, run)
 
 
 def test_a_cohort_lost_after_the_debit_stays_paid_for_and_a_spare_attempt_follows(ledger: Ledger) -> None:
@@ -309,7 +319,7 @@ def test_the_servers_noise_has_the_planned_size(ledger: Ledger) -> None:
     for seed in range(200):
         run = replace(a_run(seed=seed), is_replayed=True)
         total = sends(run, [0.0] * 6)(DEVICES[:8], TrainTask("", 1, 0, {}), lambda roster: None)
-        draws.append(rounds._noised_by_server(total, run, 1, 0)[:6] / 8)
+        draws.append(rounds._noised_by_server(total, run, 1, 0)[:6] / run.manifest.release.scale / 8)
     assert np.std(draws) == pytest.approx(1 / 8, rel=0.06)
 
 
@@ -353,7 +363,7 @@ def test_a_replay_with_another_roster_is_refused(ledger: Ledger) -> None:
     run = a_run(seed=5)
     rounds.run_round(a_state(ledger), run, sends(run, UPDATE), ledger)
     with pytest.raises(StateError, match="debited already"):
-        rounds.run_round(a_state(ledger), replace(run, population=DEVICES[:9]), sends(run, UPDATE), ledger)
+        rounds.run_round(a_state(ledger), replace(run, population=lambda: DEVICES[:9]), sends(run, UPDATE), ledger)
 
 
 def lost_first(run: rounds.Run, attempts: list[tuple[int, int]]):
@@ -439,4 +449,4 @@ def test_a_sum_of_more_devices_than_the_roster_has_is_refused(ledger: Ledger) ->
 def test_a_tenth_more_than_ten_devices_are_eleven(ledger: Ledger) -> None:
     """10 * 1.1 is a little above 11 in floats; it must not become 12."""
     run = a_run({"rounds": {"num_rounds": 3, "cohort_size": 10, "min_survivors": 5, "over_selection": 1.1}})
-    assert len(rounds.choose_cohort(a_state(ledger), run, 0)) == 11
+    assert len(choose(a_state(ledger), run)) == 11

@@ -83,7 +83,7 @@ class SecureDevices:
         ledger = None
         if run.manifest.release.units:
             name = hashlib.sha256(device.encode()).hexdigest()[:16]
-            ledger = OwnLedger(self._folder / f"{name}.jsonl", NO_LIMIT, run.is_replayed)
+            ledger = OwnLedger(self._folder / f"{name}.jsonl", NO_LIMIT, run.is_seeded)
         agreed = Agreed(device, run.manifest, self.trust)
         return Member(self._identity(device), ForThisProcess(agreed), self._setup.devices[device].contribute, ledger)
 

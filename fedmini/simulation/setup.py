@@ -106,7 +106,14 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
         _check_unchanged(stored, manifest, environment, directory)
     return Setup(
         config=config,
-        run=rounds.Run(manifest, planning.server_plan(config), tuple(examples), streams, config.run.seed is not None),
+        run=rounds.Run(
+            manifest=manifest,
+            server=planning.server_plan(config),
+            population=lambda: tuple(examples),
+            streams=streams,
+            is_seeded=config.run.seed is not None,
+            is_replayed=config.run.seed is not None,
+        ),
         model=model,
         devices={
             name: Contributor(name, found, model, manifest, streams, config.local.physical_batch_size)
