@@ -7,6 +7,7 @@ FedMiniError
 ├── CohortError           too few devices                                     -> wait or stop; the message says what was spent
 │   └── AttemptsError     too many attempts were lost after they were paid for -> the run is over; everything is saved
 ├── ProtocolError         the other side broke the secure-aggregation rules   -> abort, reveal nothing
+│   └── ReplayError       a round is asked for that is over for this device   -> refuse; the server's state is an old one
 ├── PrivacyBudgetError    the next release would pass the budget              -> the run is over; everything is saved
 ├── LinkError             the other side can't be reached, or knows us no more -> try again later
 └── StateError            saved state is missing, damaged, locked or another run's -> never start again silently
@@ -49,6 +50,10 @@ class LinkError(FedMiniError):
 
 class ProtocolError(FedMiniError):
     """The other side broke the secure-aggregation rules."""
+
+
+class ReplayError(ProtocolError):
+    """A round or attempt that this device has taken part in, or an earlier one: the server's state went back."""
 
 
 class PrivacyBudgetError(FedMiniError):

@@ -43,6 +43,7 @@ LAYERS: Mapping[str, int] = {
     "fedmini.local": 3,
     "fedmini.cohorts": 3,
     "fedmini.rounds": 4,
+    "fedmini.run_history": 4,
     "fedmini.rundir": 3,
     "fedmini.planning": 3,
     "fedmini.pace": 3,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from fedmini.errors import PrivacyBudgetError, ProtocolError
+from fedmini.errors import PrivacyBudgetError, ProtocolError, ReplayError
 from fedmini.privacy import accounting, chain
 from fedmini.privacy.chain import Line, LineFormat
 from fedmini.privacy.chain_file import ChainFile
@@ -77,13 +77,13 @@ class DeviceLedger:
         return cls(ChainFile.open(path, DEVICE_LINES))
 
     def check_new(self, run_id: str, round_num: int, attempt: int) -> None:
-        """Raise ProtocolError unless this attempt is later than every one this device was ever part of in the run.
+        """Raise ReplayError unless this attempt is later than every one this device was ever part of in the run.
 
         So a server that was restored from a backup, or opens a second session under the same number, is refused.
         """
         latest = max(_attempts(self._file.lines, run_id), default=None)
         if latest is not None and (round_num, attempt) <= latest:
-            raise ProtocolError(
+            raise ReplayError(
                 f"expected something later than round {latest[0]}, attempt {latest[1]}, which this device has taken "
                 f"part in, got round {round_num}, attempt {attempt}: was the server restored from a backup? "
                 "Start a later attempt"

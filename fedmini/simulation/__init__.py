@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from fedmini import rounds, rundir
+from fedmini import rounds, run_history, rundir
 from fedmini.config import RunConfig, load_run_config
 from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError
 from fedmini.privacy.ledger import Ledger
 from fedmini.simulation.progress import Progress, SimulationResult
-from fedmini.simulation.session import Session, check_saved_together, starting_point
+from fedmini.simulation.session import Session
 from fedmini.simulation.setup import Rows, SimulationOptions, same_run, set_up
 
 __all__ = ["Progress", "Rows", "SimulationOptions", "SimulationResult", "simulate"]
@@ -38,11 +38,11 @@ def simulate(
         directory = rundir.create(Path(output))
     setup = set_up(chosen, data, directory, options)
     if options.resume:
-        check_saved_together(directory)
+        run_history.check_saved_together(directory)
     with Ledger.open(directory.ledger, setup.run.manifest.run_id) as ledger:
         if not options.resume:  # under the ledger's lock: of two runs begun in one folder, one writes there
             rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
-        state, history = starting_point(setup, directory, ledger)
+        state, history = run_history.starting_point(setup.run.manifest, setup.model.initial_adapter, directory, ledger)
         session = Session(setup, directory, ledger, options.on_progress, history)
         try:
             session.evaluate_if_due(state)

@@ -3,15 +3,13 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedmini import checkpoint, pace, rundir, statement
+from fedmini import checkpoint, pace, run_history, rundir, statement
 from fedmini.checkpoint import Checkpoint
-from fedmini.errors import StateError
-from fedmini.model import runtime
 from fedmini.privacy import encoding
 from fedmini.privacy.ledger import Ledger
 from fedmini.rundir import RunDirectory
@@ -23,38 +21,12 @@ from fedmini.simulation.setup import Setup, base_name
 from fedmini.types import (
     CohortSum,
     DeviceId,
-    Manifest,
     Residues,
     Roster,
     RoundReport,
     ServerState,
     TrainTask,
 )
-
-
-def starting_point(setup: Setup, directory: RunDirectory, ledger: Ledger) -> tuple[ServerState, list[dict[str, Any]]]:
-    """The state to go on from: the newest checkpoint's, or that of a run where nothing was committed yet."""
-    found = checkpoint.load(directory.checkpoints)
-    if found is None:
-        if ledger.position.seq > 0 or directory.metrics.exists():  # round 0 is committed before either
-            raise StateError(
-                f"{directory.path} has trained before, but its checkpoints are gone: bring {directory.checkpoints} back, "
-                "or begin anew in another --output"
-            )
-        return ServerState(0, setup.model.initial_adapter(), 0, None, None, {}, ledger.position), []
-    if found.manifest_hash != setup.run.manifest.hash:
-        raise StateError(f"{directory.checkpoints} belongs to another run than {directory.manifest}")
-    ledger.verify(found.state.ledger)
-    return found.state, list(found.history)
-
-
-def check_saved_together(directory: RunDirectory) -> None:
-    """Raise StateError where the weights are there and what they cost is not: a new ledger would say nothing was spent."""
-    if directory.checkpoints.exists() and not directory.ledger.exists():
-        raise StateError(
-            f"the ledger {directory.ledger} is gone: bring it back, or begin anew in another --output; "
-            "what this run has spent is unknown without it"
-        )
 
 
 class Session:
@@ -84,7 +56,7 @@ class Session:
         """Commit a round: the state first, then what a reader may know of it."""
         if self._secure is not None:
             report = self._secure.with_traffic(report)
-        self._history.append(_metrics_line(report))
+        self._history.append(run_history.metrics_line(report))
         self._commit(state)
         self._pace = replace(
             self._pace,
@@ -97,7 +69,7 @@ class Session:
     def evaluate_if_due(self, state: ServerState) -> None:
         """Fill in the loss on people who took no part, before the first round, after every so many, and at the end."""
         if not self._history:
-            self._history.append(_metrics_line(_report_of_round_zero(self._setup.run.manifest)))
+            self._history.append(run_history.metrics_line(run_history.report_of_round_zero(self._setup.run.manifest)))
             self._commit(state)
         line = self._history[-1]
         every, last = self._setup.config.evaluation.every, self._setup.run.manifest.num_rounds
@@ -194,22 +166,3 @@ class Session:
             epsilon=self._history[-1]["epsilon"] if self._history else None,
         )
         self._tell(self._shown)
-
-
-def _metrics_line(report: RoundReport) -> dict[str, Any]:
-    line = asdict(report)
-    return {"round": line.pop("round_num"), **line, "peak_memory_bytes": runtime.peak_memory_bytes()}
-
-
-def _report_of_round_zero(manifest: Manifest) -> RoundReport:
-    """What stands in the metrics before any training."""
-    return RoundReport(
-        round_num=0,
-        num_sampled=0,
-        num_survivors=0,
-        upload_bytes_per_device=0,
-        download_bytes_per_device=0,
-        seconds=0.0,
-        noise_to_signal=None,
-        epsilon={unit.unit: 0.0 for unit in manifest.release.units},
-    )
