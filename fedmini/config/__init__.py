@@ -1,4 +1,4 @@
-"""RunConfig: one TOML file describes a run. DeviceConfig: one describes a device."""
+"""RunConfig: one TOML file describes a run. DeviceConfig: one describes a device. ServerConfig: one, a server."""
 
 from fedmini.config.device_sections import (
     ConditionsSection,
@@ -25,12 +25,16 @@ from fedmini.config.sections import (
     SimulationSection,
     UnitPrivacy,
 )
+from fedmini.config.server_sections import LimitsSection, ServerConfig, ServerSection, TimingSection, TlsSection
 from fedmini.config.toml_file import (
     dump_run_config,
+    dump_server_config,
     load_device_config,
     load_run_config,
+    load_server_config,
     parse_device_config,
     parse_run_config,
+    parse_server_config,
 )
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "EvaluationSection",
     "ExamplePrivacy",
     "FloorsSection",
+    "LimitsSection",
     "LocalSection",
     "LoraSection",
     "PrivacySection",
@@ -51,13 +56,20 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "Section",
+    "ServerConfig",
+    "ServerSection",
     "SimulationSection",
     "StoreSection",
+    "TimingSection",
+    "TlsSection",
     "TrainingSection",
     "UnitPrivacy",
     "dump_run_config",
+    "dump_server_config",
     "load_device_config",
     "load_run_config",
+    "load_server_config",
     "parse_device_config",
     "parse_run_config",
+    "parse_server_config",
 ]

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from fedmini.config.sections import Count, Fraction, Positive, Section
+from fedmini.config.sections import BaseSection, Count, Fraction, Positive, Section
 
 # Of this much the accountant keeps 1e-12 back (docs/accounting.md, section 5).
 TargetDelta = Annotated[float, Field(gt=1e-12, lt=1)]
@@ -50,9 +50,17 @@ class ConditionsSection(Section):
     unmetered: bool = True  # only on a network that costs nothing by volume
     max_temperature_c: Positive | None = 80.0  # of the hottest sensor
     min_free_memory_bytes: Annotated[int, Field(ge=0)] = 2**30
+    # When it may not train, by the clock on its wall; "22:00-07:00" is over midnight.
     quiet_hours: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
     max_minutes_per_day: Positive | None = 120.0
     max_contributions_per_day: Count | None = None
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _two_ends(cls, quiet_hours: str | None) -> str | None:
+        if quiet_hours is not None and len(set(quiet_hours.split("-"))) == 1:
+            raise ValueError("begins and ends at once: is that all day or never? Leave it out for never")
+        return quiet_hours
 
 
 class TrainingSection(Section):
@@ -75,6 +83,7 @@ class DeviceConfig(Section):
     """One device, as its TOML file describes it. Every section has defaults: an empty file is a whole one."""
 
     device: DeviceSection = DeviceSection()
+    base: BaseSection = BaseSection(name="smollm2-135m-q4")
     floors: FloorsSection = FloorsSection()
     store: StoreSection = StoreSection()
     conditions: ConditionsSection = ConditionsSection()

@@ -1,4 +1,4 @@
-"""A run's and a device's TOML file, read and written. Unknown keys are errors that name the key and the nearest valid one."""
+"""The TOML files of a run, a device and a server, read and written. Unknown keys are errors that name the nearest valid one."""
 
 import difflib
 import tomllib
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fedmini.config.device_sections import DeviceConfig
 from fedmini.config.sections import RunConfig, Section
+from fedmini.config.server_sections import ServerConfig
 from fedmini.errors import ConfigError
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -40,8 +41,36 @@ def parse_device_config(values: Mapping[str, Any], origin: str = "config") -> De
     return _parse(DeviceConfig, values, origin)
 
 
+def load_server_config(path: Path, overrides: Sequence[str] = ()) -> ServerConfig:
+    """Read a server's TOML file, with `section.key=value` overrides applied on top.
+
+    A relative file name inside it is taken from the file's own folder. Raises ConfigError, in one line.
+    """
+    config = parse_server_config(_read(path, overrides), str(path))
+    if config.tls.certificate is None or config.tls.private_key is None:
+        return config
+    folder = path.parent.resolve()
+    names = {"certificate": config.tls.certificate, "private_key": config.tls.private_key}
+    tls = config.tls.model_copy(update={name: _absolute(path, folder) for name, path in names.items()})
+    return config.model_copy(update={"tls": tls})
+
+
+def parse_server_config(values: Mapping[str, Any], origin: str = "config") -> ServerConfig:
+    """A ServerConfig from a mapping. Raises ConfigError that names every wrong key, and the nearest valid one."""
+    return _parse(ServerConfig, values, origin)
+
+
+def dump_server_config(config: ServerConfig) -> str:
+    """The whole configuration as TOML, defaults included, such that `load_server_config` gives it back."""
+    return _dump(config)
+
+
 def dump_run_config(config: RunConfig) -> str:
     """The whole configuration as TOML, defaults included, such that `load_run_config` gives it back."""
+    return _dump(config)
+
+
+def _dump(config: Section) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
