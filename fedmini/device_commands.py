@@ -1,15 +1,14 @@
 """`fedmini device ...`: what a device's owner does with its folder. Heavy imports happen inside commands."""
 
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedmini.command_help import HelpedCommand
-from fedmini.errors import ConfigError, UpdateError
+from fedmini.errors import ConfigError
 from fedmini.phrases import quoted
 
 if TYPE_CHECKING:
@@ -17,19 +16,18 @@ if TYPE_CHECKING:
 
 device = typer.Typer(help="Enrol a device, agree to runs, see what they cost.", rich_markup_mode=None)
 
-Found = TypeVar("Found")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The device's own folder.")]
 
 
 @device.command(cls=HelpedCommand)
 def init(folder: Folder) -> None:
-    """Make a device's signing key, which never leaves it."""
+    """Make a device's keys, which never leave it."""
     from fedmini import operator_keys
 
     public_key = operator_keys.create_device(folder)
     typer.echo(f"Made {folder}: the device's key, and its public half {public_key.hex()}.")
     typer.echo(
-        f"device.key stays here. Next: send {quoted(folder / 'device.pub')} to the operator, who enrols it with\n"
+        f"device.key and login.key stay here. Next: send {quoted(folder / 'device.pub')} to the operator, who enrols it with\n"
         "  fedmini operator certify DIR device.pub --name NAME --output certificate.json\n"
         "and take the answer, with the operator's public key:\n"
         f"  fedmini device enrol {quoted(folder)} certificate.json operator.pub"
@@ -47,17 +45,35 @@ def enrol(
     The operator's signature is all that the device believes from then on.
     """
     from fedmini import enrolment, operator_keys
+    from fedmini.operator_keys import signed_files
     from fedmini.secagg import trust_text
 
-    if _is_public_key(certificate):
+    if signed_files.is_public_key(certificate):
         raise ConfigError(f"{certificate} is a public key: the order is DIR CERTIFICATE.json OPERATOR.pub")
-    found = _parse(certificate, trust_text.read_certificate)
+    found = signed_files.parse(certificate, trust_text.read_certificate)
     public_key = operator_keys.read_public_key(operator_key)
     enrolment.enrol(folder, found, public_key)
     typer.echo(f"Enrolled as {found.device_id} with the operator {public_key.hex()}.")
     typer.echo(
         "Compare that key with the operator in person: the device believes whoever has it.\n"
         f"Next: fedmini device accept {quoted(folder)} SIGNED.json, for each run that the device shall be part of."
+    )
+
+
+@device.command("new-login", cls=HelpedCommand)
+def new_login(folder: Folder) -> None:
+    """Make another key to log in with.
+
+    The device stays enrolled, and servers have to be told.
+    """
+    from fedmini import enrolment
+
+    enrolment.new_login(folder)
+    public_keys = quoted(folder / "device.pub")
+    typer.echo(f"Made another login key in {folder}; the device's key and its certificate stay as they are.")
+    typer.echo(
+        f"Next: give {public_keys} to the server, which takes the old login key until its operator enrols the new one with\n"
+        "  fedmini server enroll DIR DEVICE.pub --certificate CERTIFICATE.json"
     )
 
 
@@ -72,13 +88,14 @@ def accept(
     """Say what a run may cost this device, and agree to it."""
     from fedmini import enrolment
     from fedmini.enrolment import bargain
+    from fedmini.operator_keys import signed_files
     from fedmini.secagg import trust_text
 
     if _is_unsigned(signed):
         raise ConfigError(
             f"{signed} is not signed: this device's operator has to, with `fedmini operator sign-manifest DIR {signed}`"
         )
-    found = _parse(signed, trust_text.read_signed_manifest)
+    found = signed_files.parse(signed, trust_text.read_signed_manifest)
     with enrolment.opened(folder) as own:
         is_new = found.manifest.hash not in own.manifests
         own.check(found)
@@ -146,21 +163,11 @@ def follow(
 ) -> None:
     """Take the operator's current key and revocations."""
     from fedmini import enrolment
-    from fedmini.secagg import trust_text
+    from fedmini.operator_keys import signed_files
 
-    readers: dict[str, Callable[[bytes], Any]] = {
-        "rotations": trust_text.read_rotations,
-        "revocations": trust_text.read_revocations,
-        "certificate": trust_text.read_certificate,
-    }
-    found: dict[str, Any] = {}
-    for path in signed:
-        kind = _kind(path)
-        if kind not in readers or kind in found:
-            raise ConfigError(f"{path}: expected rotations, revocations or a certificate, one file of each")
-        found[kind] = _parse(path, readers[kind])
+    found = signed_files.read_signed(signed)
     with enrolment.opened(folder) as own:
-        own.follow(found.get("rotations", ()), found.get("revocations"), found.get("certificate"))
+        own.follow(found.rotations, found.revocations, *found.certificates)
         for line in _standing(own):
             typer.echo(line)
 
@@ -195,38 +202,9 @@ def _agrees(question: str, what: str) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
-def _parse(path: Path, parse: Callable[[bytes], Found]) -> Found:
-    from fedmini import operator_keys
-
-    try:
-        return parse(operator_keys.read_file(path))
-    except UpdateError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def _kind(path: Path) -> str:
-    """What a file says that it is: `rotations`, say; empty where it says nothing."""
-    name = _fields(path).get("format")
-    return name.removeprefix("fedmini/").removesuffix("/v1") if isinstance(name, str) else ""
-
-
 def _is_unsigned(path: Path) -> bool:
     """Whether this is a manifest as it was planned, or the record of one in a run's directory."""
-    return {"run_id", "release"} <= _fields(path).keys() or {"hash", "environment", "manifest"} == _fields(path).keys()
+    from fedmini.operator_keys import signed_files
 
-
-def _is_public_key(path: Path) -> bool:
-    from fedmini import operator_keys
-
-    return operator_keys.read_file(path).startswith(b"-----BEGIN PUBLIC KEY-----")
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    from fedmini import operator_keys
-
-    try:
-        found = json.loads(operator_keys.read_file(path))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = signed_files.fields(path).keys()
+    return {"run_id", "release"} <= found or {"hash", "environment", "manifest"} == found

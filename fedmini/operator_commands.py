@@ -1,9 +1,6 @@
 """`fedmini operator ...`: who enrols devices and signs manifests. Heavy imports happen inside commands."""
 
-import getpass
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +14,6 @@ if TYPE_CHECKING:
     from fedmini.types import Manifest
 
 operator = typer.Typer(help="Enrol and revoke devices, sign manifests.", rich_markup_mode=None)
-
-MAX_PASSPHRASE_BYTES = 1024
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The operator's folder, kept away from the server.")]
 PassphraseFile = Annotated[
@@ -34,12 +29,13 @@ def init(
 ) -> None:
     """Make the signing key of a new operator."""
     from fedmini import operator_keys
+    from fedmini.operator_keys import passphrase as passphrases
 
     secret = None
     if passphrase_file is not None:
-        secret = _read_passphrase(passphrase_file)
+        secret = passphrases.read_passphrase(passphrase_file)
     elif passphrase:
-        secret = _ask_twice()
+        secret = passphrases.ask_twice()
     public_key = operator_keys.create(folder, secret)
     state = "encrypted" if secret is not None else "not encrypted"
     typer.echo(f"Made {folder}: the operator's key ({state}) and its public half {public_key.hex()}.")
@@ -53,7 +49,7 @@ def init(
 @operator.command(cls=HelpedCommand)
 def certify(
     folder: Folder,
-    device_key: Annotated[Path, typer.Argument(metavar="DEVICE.pub", help="What `fedmini device init` made.")],
+    device_keys: Annotated[Path, typer.Argument(metavar="DEVICE.pub", help="What `fedmini device init` made.")],
     name: Annotated[
         str | None, typer.Option("--name", help="What to call the device; or it is called after its key.")
     ] = None,
@@ -62,11 +58,12 @@ def certify(
 ) -> None:
     """Enrol a device: sign its public key."""
     from fedmini import operator_keys
+    from fedmini.operator_keys import passphrase
     from fedmini.secagg import trust_text
 
     _check_output(output)
-    public_key = operator_keys.read_public_key(device_key)
-    with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
+    public_key = operator_keys.read_device_keys(device_keys).device_key
+    with operator_keys.opened(folder, passphrase.asker(passphrase_file)) as opened:
         certificate = opened.certify(public_key, name)
         revoked = opened.revocations()
     written = folder / "devices" / f"{certificate.device_id}.json"
@@ -78,7 +75,9 @@ def certify(
     )
     typer.echo(
         f"Next: give {quoted(written)} and {quoted(folder / 'operator.pub')} to the device, whose owner enrols it with\n"
-        "  fedmini device enrol DIR CERTIFICATE.json OPERATOR.pub"
+        "  fedmini device enrol DIR CERTIFICATE.json OPERATOR.pub\n"
+        f"and {quoted(written)} and {quoted(device_keys)} to the server, which knows the device after\n"
+        f"  fedmini server enroll DIR DEVICE.pub --certificate CERTIFICATE.json"
     )
     if revoked is not None:
         typer.echo(_to_follow(folder))
@@ -92,8 +91,9 @@ def revoke(
 ) -> None:
     """Take a device's enrolment back, for good."""
     from fedmini import operator_keys
+    from fedmini.operator_keys import passphrase
 
-    with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
+    with operator_keys.opened(folder, passphrase.asker(passphrase_file)) as opened:
         revocations = opened.revoke(name)
     typer.echo(f"Revoked {name}: it is on the list of revocations number {revocations.sequence} now.")
     typer.echo(
@@ -110,8 +110,9 @@ def rotate(folder: Folder, passphrase_file: PassphraseFile = None) -> None:
     All certificates and revocations are signed anew.
     """
     from fedmini import operator_keys
+    from fedmini.operator_keys import passphrase
 
-    public_key = operator_keys.rotate(folder, _asker(passphrase_file))
+    public_key = operator_keys.rotate(folder, passphrase.asker(passphrase_file))
     enrolled = len(list((folder / "devices").glob("*.json")))
     typer.echo(f"The operator's key is now {public_key.hex()}; certificates signed anew: {enrolled}.")
     typer.echo(
@@ -137,6 +138,7 @@ def sign_manifest(
     What no device would agree to is not signed.
     """
     from fedmini import floors, operator_keys
+    from fedmini.operator_keys import passphrase
     from fedmini.secagg import trust_text
 
     operator_keys.check_folder(folder)
@@ -149,7 +151,7 @@ def sign_manifest(
         raise ConfigError(f"{manifest}: no device would agree to it: {why}; plan the run anew") from error
     for line in _describe(found):
         typer.echo(line)
-    with operator_keys.opened(folder, _asker(passphrase_file)) as opened:
+    with operator_keys.opened(folder, passphrase.asker(passphrase_file)) as opened:
         signed = opened.sign_manifest(found)
     written = output or manifest.with_suffix(".signed.json")
     operator_keys.write_file(written, trust_text.write_signed_manifest(signed))
@@ -214,48 +216,3 @@ def _describe(manifest: "Manifest") -> list[str]:
         honest = f", if {release.n_honest} of {release.min_survivors} are honest" if unit.noise == "shared" else ""
         lines.append(f"  each {unit.unit}: epsilon {shown} at delta {unit.target_delta:g}, {unit.noise} noise{honest}")
     return lines
-
-
-def _asker(passphrase_file: Path | None) -> Callable[[], bytes]:
-    """Gives the passphrase where it is needed: from the file, or from who sits at the terminal."""
-
-    def ask() -> bytes:
-        if passphrase_file is not None:
-            return _read_passphrase(passphrase_file)
-        return _ask("Passphrase of the operator's key: ")
-
-    return ask
-
-
-def _ask_twice() -> bytes:
-    from fedmini.secagg import signing_keys
-
-    least = signing_keys.MIN_PASSPHRASE_BYTES
-    first = _ask(f"New passphrase, at least {least} characters, such as six random words: ")
-    if len(first) < least:
-        raise ConfigError(f"expected a passphrase of at least {least} bytes: take six random words")
-    if first != _ask("The same once more: "):
-        raise ConfigError("the two passphrases differ: give the command again")
-    return first
-
-
-def _ask(question: str) -> bytes:
-    if not sys.stdin.isatty():
-        raise ConfigError("the operator's key needs a passphrase, and there is no terminal: add --passphrase-file FILE")
-    try:
-        return getpass.getpass(question).encode()
-    except KeyboardInterrupt:
-        typer.echo()  # what is said next begins on a line of its own
-        raise
-    except EOFError:
-        typer.echo()
-        raise ConfigError("no passphrase was given: type one, or add --passphrase-file FILE") from None
-
-
-def _read_passphrase(path: Path) -> bytes:
-    from fedmini import operator_keys
-
-    line = operator_keys.read_file(path).split(b"\n", 1)[0].rstrip(b"\r")
-    if not 0 < len(line) <= MAX_PASSPHRASE_BYTES:
-        raise ConfigError(f"{path}: expected a passphrase of 1 to {MAX_PASSPHRASE_BYTES} bytes on its first line")
-    return line

@@ -20,7 +20,7 @@ from fedmini.config.device_sections import DeviceSection, FloorsSection
 from fedmini.errors import CohortError, FedMiniError
 from fedmini.privacy import accounting
 from fedmini.privacy.device_ledger import DeviceLedger
-from fedmini.secagg import masks, trust_text
+from fedmini.secagg import masks, signing_keys, trust_text
 from fedmini.secagg.messages import Stage
 from fedmini.secagg.trust import Trust
 from fedmini.secure_sum import SecureSum
@@ -281,6 +281,27 @@ def test_a_device_leaves_a_run_for_good_when_its_owner_says_so(shell: Shell, mon
     assert "it has left that run" in shell(*leave, "--yes").complaint
 
 
+def test_a_new_login_key_leaves_the_device_enrolled_and_says_what_the_server_needs(shell: Shell) -> None:
+    enrolled(shell, "anna")
+    before = operator_keys.read_device_keys(Path("anna/device.pub"))
+    said = done(shell("device", "new-login", "anna"))
+    assert "give anna/device.pub to the server" in said and "fedmini server enroll DIR DEVICE.pub" in said
+    after = operator_keys.read_device_keys(Path("anna/device.pub"))
+    assert after.device_key == before.device_key and after.login_key != before.login_key
+    assert "device         anna, key" in done(shell("device", "status", "anna"))
+
+
+def test_a_folder_of_before_login_keys_says_how_it_gets_one(shell: Shell) -> None:
+    enrolled(shell, "anna")
+    key = operator_keys.read_device_keys(Path("anna/device.pub")).device_key
+    Path("anna/device.pub").write_bytes(signing_keys.write_public(key))
+    Path("anna/login.key").unlink()
+    assert "make another with `fedmini device new-login`" in shell("device", "status", "anna").complaint
+    assert "`fedmini device new-login`" in shell("operator", "certify", "op", "anna/device.pub").complaint
+    done(shell("device", "new-login", "anna"))
+    done(shell("device", "status", "anna"))
+
+
 def test_an_epsilon_that_was_not_counted_to_its_end_is_not_called_infinite(shell: Shell) -> None:
     """Of sixty devices' shares one is left: at a sixtieth of the variance, thirty rounds cost more than 100."""
     enrolled(shell, "anna")
@@ -335,13 +356,13 @@ def test_the_documents_table_of_device_toml_has_every_key_and_its_default() -> N
     rows = re.findall(r"^\| `\[(device|floors)\]` \| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE)
     defaults = {("device", name): field.default for name, field in DeviceSection.model_fields.items()}
     defaults |= {("floors", name): getattr(floors.COMPILED, name) for name in FloorsSection.model_fields}
-    words = {"no limit": None, "true": True, "false": False}
+    words = {"no limit": None, "none": None, "true": True, "false": False}
     assert {(group, key): words[value] if value in words else float(value) for group, key, value in rows} == defaults
 
 
 COMMANDS = {
     "operator": ("init", "certify", "revoke", "rotate", "sign-manifest"),
-    "device": ("init", "enrol", "accept", "withdraw", "status", "follow"),
+    "device": ("init", "enrol", "new-login", "accept", "withdraw", "status", "follow"),
 }
 
 

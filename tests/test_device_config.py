@@ -50,7 +50,7 @@ def test_an_override_replaces_one_value_and_unset_removes_it(tmp_path: Path) -> 
         ("device.lifetime_epsilom=3", "unknown key device.lifetime_epsilom: did you mean lifetime_epsilon?"),
         ("floors.max_epsilons=3", "unknown key floors.max_epsilons: did you mean max_epsilon?"),
         ("flors.max_epsilon=3", "unknown key flors: did you mean floors?"),
-        ("run.name=tiny", "unknown key run: known here: device, floors"),
+        ("run.name=tiny", "unknown key run: known here: device, base, floors, store, conditions, training, consent"),
         ("device.lifetime_epsilon=0", "device.lifetime_epsilon: input should be greater than 0, got 0"),
         ("device.lifetime_epsilon=inf", "device.lifetime_epsilon: input should be a finite number"),
         (

@@ -26,12 +26,22 @@ from fedmini.errors import ConfigError, FedMiniError, PrivacyBudgetError, Protoc
 from fedmini.member import Member, OwnLedger
 from fedmini.privacy import accounting, consistency
 from fedmini.privacy.device_ledger import LifetimeLimits
-from fedmini.secagg import rotation, signed_manifest, signing_keys, trust, trust_text, wire
+from fedmini.secagg import (
+    device_keys,
+    rotation,
+    signatures,
+    signed_manifest,
+    signing_keys,
+    trust,
+    trust_text,
+    wire,
+)
 from fedmini.secagg.messages import Context, Invitation, KeyList, hash_model
 from fedmini.secagg.rotation import Rotation
 from fedmini.secagg.signed_manifest import SignedManifest
 from fedmini.secagg.trust import Certificate, Identity, Revocations
 from fedmini.types import Contribution, Manifest
+from tests.kills import KILLED, run_and_kill
 from tests.tiny_trust import an_operator, enrol
 
 TEMPLATE = (("x.lora_B.weight", (8, 4)),)
@@ -112,7 +122,7 @@ def enrolled(path: Path, office: Office) -> Path:
 
 
 def device_key(folder: Path) -> bytes:
-    return operator_keys.read_public_key(folder / "device.pub")
+    return operator_keys.read_device_keys(folder / "device.pub").device_key
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -190,7 +200,7 @@ def invent_a_certificate(folder: Path, office: Office) -> None:
 def test_an_invented_certificate_is_refused(tmp_path: Path, office: Office) -> None:
     with pytest.raises(ProtocolError, match=r"CERTIFICATE.json and OPERATOR.pub don't belong together"):
         invent_a_certificate(tmp_path / "phone", office)
-    assert sorted(os.listdir(tmp_path / "phone")) == ["device.key", "device.pub"]
+    assert sorted(os.listdir(tmp_path / "phone")) == ["device.key", "device.pub", "login.key"]
 
 
 def test_twin_without_the_check_of_its_signature_an_invented_certificate_names_the_device(
@@ -223,6 +233,73 @@ def test_the_ledger_of_a_folder_before_stays_what_it_was(tmp_path: Path, folder:
     enrolment.enrol(new, office.certify(key), office.public_key)
     with enrolment.opened(new) as own, own.ledger() as ledger:
         assert ledger.num_participations("old") == 2
+
+
+# What it logs in with
+
+
+def login_key_of(folder: Path) -> bytes:
+    with enrolment.opened(folder) as own:
+        assert "EllipticCurve" not in repr(own)
+        return device_keys.login_bytes(own.login_key)
+
+
+def test_an_enrolled_device_logs_in_with_the_key_that_its_device_key_vouches_for(folder: Path) -> None:
+    public = operator_keys.read_device_keys(folder / "device.pub")
+    assert login_key_of(folder) == public.login_key
+    assert signatures.is_valid(device_key(folder), public.signature, "login", public.login_key)
+    assert (folder / "login.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_new_login_key_leaves_everything_else_as_it_was(tmp_path: Path, folder: Path) -> None:
+    operator_keys.create_device(tmp_path / "new")
+    for path in (folder, tmp_path / "new"):
+        before = contents(path)
+        enrolment.new_login(path)
+        changed = {name for name, content in contents(path).items() if content != before[name]}
+        assert changed == {"login.key", "device.pub"}
+        assert (path / "login.key").stat().st_mode & 0o777 == 0o600
+        assert (path / "device.key").stat().st_mode & 0o777 == 0o600
+    assert login_key_of(folder) == operator_keys.read_device_keys(folder / "device.pub").login_key
+
+
+@pytest.mark.parametrize("name", ["login.key", "device.pub"])
+@pytest.mark.parametrize("how", ["missing", "cut", "another device's"])
+def test_a_login_key_that_was_lost_or_changed_is_named_and_replaced(
+    tmp_path: Path, folder: Path, office: Office, name: str, how: str
+) -> None:
+    damage(folder / name, how, enrolled(tmp_path / "ben", office) / name)
+    with pytest.raises(StateError, match="make another with `fedmini device new-login`"), enrolment.opened(folder):
+        pass
+    enrolment.new_login(folder)
+    login_key_of(folder)
+
+
+def test_a_login_key_that_others_can_read_is_refused(folder: Path) -> None:
+    (folder / "login.key").chmod(0o640)
+    with pytest.raises(StateError, match=r"login\.key can be read by others"), enrolment.opened(folder):
+        pass
+
+
+def test_no_error_shows_a_login_key(folder: Path) -> None:
+    body = (folder / "login.key").read_text().splitlines()[1][40:]
+    (folder / "login.key").write_text((folder / "login.key").read_text().replace("PRIVATE", "PIRATE"))
+    with pytest.raises(StateError) as caught, enrolment.opened(folder):
+        pass
+    assert not any(body[start : start + 12] in str(caught.value) for start in range(len(body) - 12))
+
+
+def test_a_new_login_key_whose_making_is_killed_anywhere_is_there_whole_or_not(folder: Path) -> None:
+    """Which key that is differs from one try to the next: what counts is that both of its files are there."""
+    before = contents(folder)
+    for num_calls in range(100):
+        code = run_and_kill(lambda: enrolment.new_login(folder), num_calls)
+        login_key_of(folder)
+        if code == 0:
+            break
+        assert code == KILLED
+    assert code == 0 and num_calls > 3
+    assert contents(folder).keys() == before.keys()
 
 
 # Revocations
@@ -710,8 +787,8 @@ def test_no_repr_and_no_error_shows_a_private_key(folder: Path, office: Office) 
 
 
 FILES = (
-    "device.key", "device.pub", "enrolled.pub", "operator.pub", "rotations.json", "revocations.json", "certificate.json",
-    f"manifests/{planned().hash}.json",
+    "device.key", "login.key", "device.pub", "enrolled.pub", "operator.pub", "rotations.json", "revocations.json",
+    "certificate.json", f"manifests/{planned().hash}.json",
 )  # fmt: skip
 
 
@@ -815,30 +892,6 @@ def test_two_processes_do_not_work_in_one_folder(folder: Path, office: Office) -
 
 
 # Killed in the middle
-
-KILLED, REFUSED = 9, 8
-CALLS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"})
-
-
-def run_and_kill(action: Callable[[], None], num_calls: int) -> int:
-    """How a child process ended that died if it made one more call on the file system than so many."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    left = num_calls
-
-    def die(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal left
-        left -= event in CALLS
-        if left < 0:
-            os._exit(KILLED)
-
-    sys.addaudithook(die)
-    try:
-        action()
-    except BaseException:
-        os._exit(REFUSED)
-    os._exit(0)
 
 
 def states_after_kills(folder: Path, action: Callable[[], None]) -> list[dict[str, bytes]]:

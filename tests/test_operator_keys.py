@@ -77,7 +77,7 @@ def test_from_two_folders_to_a_device_that_believes_its_peer_and_the_manifest(sh
     said = done(shell("operator", "init", "op"))
     assert public_key().hex() in said and "fedmini operator certify op DEVICE.pub" in said
     said = done(shell("device", "init", "phones/anna"))
-    assert operator_keys.read_public_key(Path("phones/anna/device.pub")).hex() in said
+    assert operator_keys.read_device_keys(Path("phones/anna/device.pub")).device_key.hex() in said
     arguments = ("op", "phones/anna/device.pub", "--name", "anna", "--output", "phones/anna/certificate.json")
     assert "Enrolled anna" in done(shell("operator", "certify", *arguments))
     manifest = write_manifest(tmp_path)
@@ -98,7 +98,13 @@ def test_from_two_folders_to_a_device_that_believes_its_peer_and_the_manifest(sh
 def test_private_keys_are_for_their_owner_only(shell: Shell) -> None:
     enrolled(shell, "anna")
     done(shell("operator", "rotate", "op"))
-    for path, mode in {"op": 0o700, "anna": 0o700, "op/operator.key": 0o600, "anna/device.key": 0o600}.items():
+    for path, mode in {
+        "op": 0o700,
+        "anna": 0o700,
+        "op/operator.key": 0o600,
+        "anna/device.key": 0o600,
+        "anna/login.key": 0o600,
+    }.items():
         assert Path(path).stat().st_mode & 0o777 == mode, path
     Path("op/operator.key").chmod(0o640)
     assert "can be read by others" in shell("operator", "revoke", "op", "anna").complaint
@@ -145,15 +151,16 @@ def test_keys_are_never_overwritten(shell: Shell) -> None:
         ("revoke op ana", "no device is enrolled as 'ana': did you mean anna?"),
         ("revoke op ../../etc", "no device is enrolled as '../../etc': 1 are"),
         ("certify op gone.pub", "can't read gone.pub: No such file or directory"),
-        ("certify op op/devices/anna.json", "expected an Ed25519 public key in PEM"),
-        ("certify op op/operator.pub", "this is the operator's own key"),
+        ("certify op op/devices/anna.json", 'says "format": "fedmini/device-keys/v1": this is another'),
+        ("certify op op/operator.pub", "got one key by itself: hand over the device.pub that"),
         ("certify op new/device.pub --name ../anna", "can't name a device"),
         ("certify op new/device.pub --name anna", "a device of this name with another key, as anna"),
         ("certify op anna/device.pub --name berta", "this key is enrolled, as anna"),
         ("certify op anna/device.pub --output op/operator.pub/x", "can't write op/operator.pub/x"),
         ("sign-manifest op gone.json", "can't read gone.json"),
         ("sign-manifest op op/devices/anna.json", "anna.json: this is no manifest that fedmini wrote"),
-        ("sign-manifest op new/device.pub", "new/device.pub: it is not JSON"),
+        ("sign-manifest op new/device.key", "new/device.key: it is not JSON"),
+        ("sign-manifest op new/device.pub", "new/device.pub: this is no manifest"),
         ("sign-manifest nowhere gone.json", "nowhere is no operator's folder"),
         ("certify op new/device.pub --output gone/new.json", "can't write gone/new.json: there is no folder gone"),
         ("certify op new/device.pub --name=", "'' can't name a device"),
@@ -170,7 +177,7 @@ def test_what_can_not_be_done_is_said_in_one_line(shell: Shell, arguments: str, 
 def test_a_device_without_a_name_is_called_after_its_key_and_may_be_certified_twice(shell: Shell) -> None:
     done(shell("operator", "init", "op"))
     done(shell("device", "init", "phone"))
-    name = f"device-{operator_keys.read_public_key(Path('phone/device.pub'))[:6].hex()}"
+    name = f"device-{operator_keys.read_device_keys(Path('phone/device.pub')).device_key[:6].hex()}"
     for _ in range(2):
         assert f"Enrolled {name}" in done(shell("operator", "certify", "op", "phone/device.pub"))
     assert os.listdir("op/devices") == [f"{name}.json"]

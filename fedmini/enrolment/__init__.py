@@ -1,6 +1,7 @@
 """A device's own folder: who it is, whom it believes, what it agreed to and what has left it, between runs.
 
-DIR/device.key (PKCS8, 0600)   DIR/device.pub       DIR/certificate.json   the operator's word that this key is enrolled
+DIR/device.key (PKCS8, 0600)   DIR/login.key (the same, for servers)   DIR/device.pub   the public halves of both
+DIR/certificate.json           the operator's word that the device key is enrolled
 DIR/enrolled.pub               DIR/rotations.json   DIR/operator.pub       from the operator key of then to that of now
 DIR/revocations.json           the newest list seen; `null` before the first
 DIR/manifests/HASH.json        what it agreed to; HASH.withdrawn where it left the run, for good
@@ -12,6 +13,6 @@ Whatever a server plays back, none of it goes back to an earlier state. A privat
 """
 
 from fedmini.enrolment.enrolled import Enrolment
-from fedmini.enrolment.folder import enrol, opened
+from fedmini.enrolment.folder import enrol, new_login, opened
 
-__all__ = ["Enrolment", "enrol", "opened"]
+__all__ = ["Enrolment", "enrol", "new_login", "opened"]

@@ -17,6 +17,7 @@ from fedmini.privacy import accounting
 from fedmini.privacy.device_ledger import DeviceLedger, LifetimeLimits
 from fedmini.secagg import signed_manifest, trust_text
 from fedmini.secagg.checks import Agreed
+from fedmini.secagg.device_keys import LoginKey
 from fedmini.secagg.rotation import Rotation
 from fedmini.secagg.signed_manifest import SignedManifest
 from fedmini.secagg.trust import Certificate, Identity, Revocations, Trust
@@ -30,7 +31,17 @@ class Enrolment:
     nothing. Where the disk refuses, the folder is closed: what it holds is found out by opening it again.
     """
 
-    __slots__ = ("_believed", "_is_open", "_manifests", "_withdrawn", "folder", "identity", "lifetime", "limits")
+    __slots__ = (
+        "_believed",
+        "_is_open",
+        "_manifests",
+        "_withdrawn",
+        "folder",
+        "identity",
+        "lifetime",
+        "limits",
+        "login_key",
+    )
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,6 +53,7 @@ class Enrolment:
         self.lifetime = LifetimeLimits(config.device.lifetime_epsilon, config.device.lifetime_delta)
         device_key = records.read_device_key(folder)
         self._believed = records.read_believed(folder)
+        self.login_key: LoginKey = records.read_login_key(folder, device_key)
         certificate = records.read_certificate(folder, device_key, self._believed)
         self.identity: Identity = records.read_identity(folder, certificate)
         self._manifests = records.read_manifests(folder, self._believed, records.ACCEPTED)
@@ -173,16 +185,19 @@ class Enrolment:
                 raise StateError(f"can't rename {path}: {error.strerror}; mend that, then do the same again") from error
         self._withdrawn[manifest_hash] = self._manifests.pop(manifest_hash)
 
-    def member(self, manifest_hash: str, contribute: Callable[[TrainTask], Contribution]) -> Member:
+    def member(
+        self, manifest_hash: str, contribute: Callable[[TrainTask], Contribution], *, is_seeded: bool = False
+    ) -> Member:
         """Who answers a server's requests in this run, for as long as the folder is open. It debits this ledger.
 
+        `is_seeded`: in tests only, where what is contributed comes from a seed; the ledger says so.
         Raises ProtocolError where the run was never joined, is beyond limits that its owner has made stricter since, or
         where this device's certificate is revoked or not by the operator's current key.
         """
         memory = _Memory(self, manifest_hash, self.identity.certificate)
         agreed = memory.agreed()
         floors.check(agreed.manifest, self.limits)
-        ledger = OwnLedger(self.folder / records.LEDGER, self.lifetime)
+        ledger = OwnLedger(self.folder / records.LEDGER, self.lifetime, is_seeded)
         return Member(self.identity, memory, contribute, ledger)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from fedmini.enrolment import records
 from fedmini.enrolment.enrolled import Enrolment
 from fedmini.enrolment.records import Believed
 from fedmini.errors import ConfigError, ProtocolError, StateError
+from fedmini.operator_keys import key_files
 from fedmini.secagg import trust, trust_text
 from fedmini.secagg.trust import Certificate, Trust
 
@@ -36,6 +37,15 @@ def enrol(folder: Path, certificate: Certificate, operator_key: bytes) -> None:
                 contents[records.LEDGER] = b""
             records.make_folder(folder / records.MANIFESTS)
         records.commit(folder, contents)
+
+
+def new_login(folder: Path) -> None:
+    """Put a fresh login key in the old one's place, enrolled or not; neither or both of its files are there.
+
+    Raises StateError where the device's key is missing or damaged, or the folder is in use.
+    """
+    with _locked(folder):
+        records.commit(folder, key_files.login_files(records.read_private_key(folder)))
 
 
 def _check_operator(folder: Path, believed: Believed, operator_key: bytes) -> None:

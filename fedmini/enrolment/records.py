@@ -9,12 +9,14 @@ from typing import TypeVar
 from fedmini import files
 from fedmini.errors import ConfigError, ProtocolError, StateError, UpdateError
 from fedmini.operator_keys import key_files
-from fedmini.secagg import rotation, signed_manifest, signing_keys, trust, trust_text
+from fedmini.operator_keys.key_files import SigningKey
+from fedmini.secagg import device_keys, rotation, signed_manifest, signing_keys, trust, trust_text
+from fedmini.secagg.device_keys import LoginKey
 from fedmini.secagg.rotation import Rotation
 from fedmini.secagg.signed_manifest import SignedManifest
 from fedmini.secagg.trust import Certificate, Identity, Trust
 
-KEY, PUBLIC_KEY = key_files.DEVICE_KEY, key_files.DEVICE_PUBLIC_KEY
+KEY, LOGIN_KEY, PUBLIC_KEYS = key_files.DEVICE_KEY, key_files.LOGIN_KEY, key_files.DEVICE_PUBLIC_KEYS
 OPERATOR, ENROLLED = key_files.OPERATOR_PUBLIC_KEY, "enrolled.pub"
 CERTIFICATE, ROTATIONS, REVOCATIONS = "certificate.json", "rotations.json", "revocations.json"
 LEDGER, CONFIG, MANIFESTS = "ledger.jsonl", "device.toml", "manifests"
@@ -25,6 +27,9 @@ NO_REVOCATIONS = b"null\n"
 RESTORE = (
     "bring it back from a backup; or make another folder with `fedmini device init`, put this one's ledger.jsonl into it "
     "(what was spent stays spent), and be enrolled anew"
+)
+NEW_LOGIN = (
+    "bring it back from a backup; or make another with `fedmini device new-login`, and give device.pub to the server"
 )
 MAKE_READABLE = "let the user who runs this own the folder and its files"
 RESTORE_LEDGER = "bring the newest copy back: without it nobody knows what this device has spent"
@@ -65,19 +70,31 @@ def is_enrolled(folder: Path) -> bool:
 
 
 def read_device_key(folder: Path) -> bytes:
-    """The device's public key, 32 bytes. Raises StateError where a half is missing, damaged, or not the other's."""
-    of_private = _read_private(
-        folder / KEY, lambda path: signing_keys.public_bytes(key_files.read_private_key(path, bytes))
-    )
-    public = _read(folder / PUBLIC_KEY, key_files.read_public_key, RESTORE)
-    if of_private != public:
-        raise StateError(f"{folder / PUBLIC_KEY} is not the public half of {KEY}: {RESTORE}")
-    return public
+    """The device's public key, 32 bytes. Raises StateError where the private one is missing or damaged."""
+    return signing_keys.public_bytes(read_private_key(folder))
+
+
+def read_private_key(folder: Path) -> SigningKey:
+    """The device's own key. Raises StateError."""
+    return _read_private(folder / KEY, lambda path: key_files.read_private_key(path, bytes), RESTORE)
+
+
+def read_login_key(folder: Path, device_key: bytes) -> LoginKey:
+    """What the device logs in with. Raises StateError where it is missing, damaged, or not what device.pub says."""
+    login_key = _read_private(folder / LOGIN_KEY, key_files.read_login_key, NEW_LOGIN)
+    public = _read(folder / PUBLIC_KEYS, key_files.read_device_keys, NEW_LOGIN)
+    for name, half, own in (
+        (KEY, public.device_key, device_key),
+        (LOGIN_KEY, public.login_key, device_keys.login_bytes(login_key)),
+    ):
+        if half != own:
+            raise StateError(f"{folder / PUBLIC_KEYS} does not hold the public half of {name}: {NEW_LOGIN}")
+    return login_key
 
 
 def read_identity(folder: Path, certificate: Certificate) -> Identity:
     """The device's signing key with its certificate. Raises StateError."""
-    return _read_private(folder / KEY, lambda path: Identity(key_files.read_private_key(path, bytes), certificate))
+    return Identity(read_private_key(folder), certificate)
 
 
 def read_believed(folder: Path) -> Believed:
@@ -154,7 +171,9 @@ def commit(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         partial.mkdir(mode=0o700)
         for name, content in contents.items():
-            files.write_synced(partial / name, content)
+            files.write_synced(partial / name, content)  # in a folder for its owner only
+            if name.endswith(".key"):
+                (partial / name).chmod(0o600)
         files.sync_folder(partial)
         partial.rename(folder / NEXT)
         files.sync_folder(folder)
@@ -181,16 +200,16 @@ def finish(folder: Path) -> None:
         raise StateError(f"can't write {folder}: {error.strerror}; mend that, then open it again") from error
 
 
-def _read_private(path: Path, read: Callable[[Path], Found]) -> Found:
-    """What is made of the device's private key. Raises StateError, the same for a file that is missing and a damaged one."""
+def _read_private(path: Path, read: Callable[[Path], Found], remedy: str) -> Found:
+    """What is made of a private key. Raises StateError, the same for a file that is missing and a damaged one."""
     if not path.exists():
-        raise StateError(f"{path} is missing or damaged: {RESTORE}")
+        raise StateError(f"{path} is missing or damaged: {remedy}")
     try:
-        return _read(path, read, RESTORE)
+        return _read(path, read, remedy)
     except StateError as error:
         if isinstance(error.__cause__, ConfigError) or not key_files.is_for_owner_only(path):
             raise
-    raise StateError(f"{path} is missing or damaged: {RESTORE}")
+    raise StateError(f"{path} is missing or damaged: {remedy}")
 
 
 def _by_one_of(keys: tuple[bytes, ...], check: Callable[[bytes], None]) -> None:

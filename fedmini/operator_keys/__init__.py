@@ -8,7 +8,14 @@ A private key and a passphrase never enter an error message. Every file is there
 """
 
 from fedmini.operator_keys.folder import OperatorFolder, check_folder, opened, rotate
-from fedmini.operator_keys.key_files import create, create_device, read_file, read_public_key, write_file
+from fedmini.operator_keys.key_files import (
+    create,
+    create_device,
+    read_device_keys,
+    read_file,
+    read_public_key,
+    write_file,
+)
 
 __all__ = [
     "OperatorFolder",
@@ -16,6 +23,7 @@ __all__ = [
     "create",
     "create_device",
     "opened",
+    "read_device_keys",
     "read_file",
     "read_public_key",
     "rotate",

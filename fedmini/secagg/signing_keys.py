@@ -3,7 +3,7 @@
 A private key never enters an error message, and neither does a passphrase.
 """
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -73,7 +73,7 @@ def read_private(content: bytes, passphrase: bytes | None) -> Ed25519PrivateKey:
         raise UpdateError("the private key is encrypted: its passphrase is needed")
     try:
         key = serialization.load_pem_private_key(content, needed)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError):
         key = None  # what the library says of it goes no further
     if isinstance(key, Ed25519PrivateKey):
         return key

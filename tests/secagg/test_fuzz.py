@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fedmini import enrolment, floors, manifest_file, operator_keys, planning
-from fedmini.config import dump_run_config, load_device_config, load_run_config
+from fedmini.config import dump_run_config, load_device_config, load_run_config, load_server_config
 from fedmini.errors import ConfigError, FedMiniError, StateError, UpdateError
 from fedmini.privacy.device_ledger import DeviceLedger, DeviceRelease, LifetimeLimits
-from fedmini.secagg import checks, rotation, signed_manifest, signing_keys, trust, trust_text, wire
+from fedmini.secagg import checks, device_keys, rotation, signed_manifest, signing_keys, trust, trust_text, wire
 from fedmini.secagg.messages import KeyList, Message, Stage
+from fedmini.server_folder import roll
 from fedmini.types import Manifest, PrivacyEvent
 from tests import tiny_run, tiny_trust
 from tests.secagg import mutation
@@ -225,6 +226,19 @@ REVOCATIONS = trust.revoke(OPERATOR, None, [certificate.device_key for certifica
 ROTATION = rotation.rotate(OPERATOR, signing_keys.public_bytes(SUCCESSOR))
 
 
+DEVICE = signing_keys.draw()
+DEVICE_KEYS = device_keys.vouch(DEVICE, device_keys.login_bytes(device_keys.draw_login()))
+ENROLLED = roll.pair(DEVICE_KEYS, trust.certify(OPERATOR, "anna", DEVICE_KEYS.device_key))
+
+
+def read_device_keys(content: bytes) -> None:
+    assert device_keys.write(device_keys.read(content)) == content
+
+
+def read_enrolled_device(content: bytes) -> None:
+    assert roll.write_device(roll.read_device(content)) == content
+
+
 def read_certificate(content: bytes) -> None:
     TRUST.check_certificate(trust_text.read_certificate(content))
 
@@ -374,6 +388,19 @@ allow_server_noise = false
 """
 
 
+SERVER_CONFIG = b"""
+[server]
+host = "fl.example.org"
+other_hosts = ["10.0.0.1", "fd00::1"]
+port = 443
+[tls]
+certificate = "own.crt"
+private_key = "own.key"
+[timing]
+contribute_s = 60
+"""
+
+
 def file_parser(name: str, read: Read, seeds: Callable[[Path], st.SearchStrategy[bytes]], form: Form) -> Parser:
     return Parser(name, lambda _: read, seeds, form)
 
@@ -406,16 +433,27 @@ PARSERS = (
         mutation.JSON_LINE,
     ),
     file_parser("trust_text.read_signed_manifest", read_signed_manifest, signed_manifests, mutation.JSON_LINE),
+    file_parser(
+        "device_keys.read", read_device_keys, lambda _: st.just(device_keys.write(DEVICE_KEYS)), mutation.JSON_LINE
+    ),
+    file_parser(
+        "device_keys.read_login", device_keys.read_login,
+        lambda _: st.just(device_keys.write_login(device_keys.draw_login())), mutation.PEM,
+    ),
+    file_parser(
+        "server_folder.read_device", read_enrolled_device, lambda _: st.just(roll.write_device(ENROLLED)), mutation.JSON_LINE
+    ),
     file_parser("manifest_file.parse", manifest_file.parse, canonical, mutation.JSON),
     Parser("floors.check", lambda _: check_floors, agreeable, mutation.JSON, 100, memory=None),
     file_parser("signing_keys.read_public", signing_keys.read_public, public_keys, mutation.PEM),
     file_parser(
         "signing_keys.read_private", lambda content: signing_keys.read_private(content, None), private_keys, mutation.PEM
     ),
-    *map(device_file_parser, ("certificate.json", "rotations.json", "revocations.json", "manifests/*.json")),
+    *map(device_file_parser, ("device.pub", "certificate.json", "rotations.json", "revocations.json", "manifests/*.json")),
     ledger_parser("DeviceLedger.open", mutation.LEDGER),
     ledger_parser("DeviceLedger.open, chained anew", mutation.LEDGER_CHAINED_ANEW),
     config_parser("load_device_config", take_limits, lambda _: DEVICE_CONFIG),
+    config_parser("load_server_config", lambda path, _: load_server_config(path), lambda _: SERVER_CONFIG),
     config_parser(
         "load_run_config", lambda path, _: load_run_config(path),
         lambda folder: dump_run_config(tiny_run.config(folder)).encode(),
