@@ -9,6 +9,7 @@ FedMiniError
 ├── ProtocolError         the other side broke the secure-aggregation rules   -> abort, reveal nothing
 │   └── ReplayError       a round is asked for that is over for this device   -> refuse; the server's state is an old one
 ├── PrivacyBudgetError    the next release would pass the budget              -> the run is over; everything is saved
+├── ConditionsError       this device may not train now                       -> the round goes on without it
 ├── LinkError             the other side can't be reached, or knows us no more -> try again later
 └── StateError            saved state is missing, damaged, locked or another run's -> never start again silently
 
@@ -38,6 +39,10 @@ class CohortError(FedMiniError):
 
 class AttemptsError(CohortError):
     """So many attempts were lost after their debit that no spare one is left; what was committed is saved."""
+
+
+class ConditionsError(FedMiniError):
+    """This device may not train now, or not that much: what its owner allows says so."""
 
 
 class LinkError(FedMiniError):

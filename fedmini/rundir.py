@@ -91,10 +91,10 @@ def open_existing(path: Path) -> RunDirectory:
 
 def begin(run: RunDirectory, config: RunConfig, manifest: Manifest, environment: Mapping[str, Any]) -> None:
     """Write down what this run is; from here on the directory is taken."""
-    _replace(run.config, dump_run_config(config).encode(), "run the same command again")
+    replace(run.config, dump_run_config(config).encode(), "run the same command again")
     record = {"hash": manifest.hash, "environment": dict(environment), "manifest": asdict(manifest)}
     content = json.dumps(record, indent=1, sort_keys=True).encode()
-    _replace(run.manifest, content, "run the same command again")
+    replace(run.manifest, content, "run the same command again")
 
 
 def stored_config(run: RunDirectory) -> RunConfig:
@@ -114,12 +114,12 @@ def stored_manifest(run: RunDirectory) -> dict[str, Any]:
 
 def write_metrics(run: RunDirectory, history: Sequence[Mapping[str, Any]]) -> None:
     """All metrics lines so far, replaced atomically: a reader never sees half a line."""
-    _replace(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in history))
+    replace(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in history))
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """One JSON file, replaced atomically."""
-    _replace(path, json.dumps(record, indent=1).encode() + b"\n")
+    replace(path, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
@@ -130,7 +130,8 @@ def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
         raise StateError(f"{run.metrics} is missing or damaged: is {run.path} a run's directory?") from error
 
 
-def _replace(path: Path, content: bytes, then: str = "run with --resume") -> None:
+def replace(path: Path, content: bytes, then: str = "run with --resume") -> None:
+    """Put one of a run's files in place atomically. Raises StateError."""
     try:
         replace_synced(path, content)
     except OSError as error:

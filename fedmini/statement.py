@@ -27,6 +27,7 @@ NOT_COVERED = (
 )
 
 NO_PRIVACY = "This run was made WITHOUT privacy: the adapter may reveal what any one example says."
+SIMULATED = "all devices and the server were one process: whoever ran it saw every example and every contribution"
 NOT_SECURE = "none: the contributions were added up directly; in a deployment the sum is formed by secure aggregation"
 SEEDED = (
     "This run drew its noise from a seed that is written beside it: whoever has the seed can take the noise away. "
@@ -34,10 +35,12 @@ SEEDED = (
 )
 
 
-def privacy_statement(manifest: Manifest, ledger: Ledger, *, is_secure: bool) -> dict[str, Any]:
-    """The statement of a simulated run as it stands, every epsilon computed from its ledger.
+def privacy_statement(
+    manifest: Manifest, ledger: Ledger, *, is_secure: bool, is_simulated: bool = True
+) -> dict[str, Any]:
+    """The statement of a run as it stands, every epsilon computed from its ledger.
 
-    `is_secure`: whether the sums were formed by secure aggregation.
+    `is_secure`: whether the sums were formed by secure aggregation. `is_simulated`: whether all of it was one process.
     """
     units = manifest.release.units
     is_seeded = ledger.was_seeded
@@ -50,7 +53,7 @@ def privacy_statement(manifest: Manifest, ledger: Ledger, *, is_secure: bool) ->
         "ledger_lines": ledger.position.seq,
         "ledger_hash": ledger.position.hash,
         "noise_was_seeded": is_seeded,
-        "simulated": "all devices and the server were one process: whoever ran it saw every example and every contribution",
+        "simulated": SIMULATED if is_simulated else None,
         "secure_aggregation": _secure_aggregation(manifest) if is_secure else NOT_SECURE,
         "accountant": "dp-accounting, privacy loss distributions, grid 1e-4; the argument is docs/accounting.md",
         "not_covered": list(NOT_COVERED),

@@ -18,6 +18,7 @@ Answer = TypeVar("Answer", bound=Message)
 
 MAX_ANSWER_BYTES = 8 * 2**20
 CONNECT_SECONDS = 10.0
+HOLD_HEADER = "fedmini-hold"  # seconds, at most; the gate's long polling reads it
 
 
 class Calls:
@@ -47,12 +48,23 @@ class Calls:
     def __repr__(self) -> str:
         return f"Calls({self._url!r})"
 
-    def call(self, path: str, request: Message, answer: type[Answer], timeout_s: float = 30.0) -> Answer:
-        """The answer to one call, at most 8 MiB. Raises LinkError: with the server's status where it refused."""
+    def call(
+        self,
+        path: str,
+        request: Message,
+        answer: type[Answer],
+        timeout_s: float = 30.0,
+        hold_s: float | None = None,
+    ) -> Answer:
+        """The answer to one call, at most 8 MiB. Raises LinkError: with the server's status where it refused.
+
+        `hold_s`: how long the server may hold an answer that would be empty.
+        """
         content = request.SerializeToString(deterministic=True)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_SECONDS)
         try:
-            headers = {**self._fixed, **self._headers()}
+            hold = {} if hold_s is None else {HOLD_HEADER: f"{hold_s:.3f}"}
+            headers = {**self._fixed, **self._headers(), **hold}
             with self._client.stream(
                 "POST", f"{self._url}{path}", content=content, headers=headers, timeout=timeout
             ) as response:

@@ -130,7 +130,7 @@ class FleetConnection:
         wanted = set(answer.objects_to_push)
         objects.push(((name, content) for name, content in deflated.objects.items() if name in wanted), send)
         self._confirm(received)
-        return sum(len(content) for content in deflated.objects.values())
+        return deflated.size_bytes
 
     def _confirm(self, received: Received) -> None:
         """Let the server forget what it sent: it keeps it for as long as nobody says that it arrived."""

@@ -28,7 +28,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.02, 0.5
 class Deflated:
     """A message ready to travel: its head without content, its tree, and its objects' bytes by id."""
 
-    __slots__ = ("head", "message_id", "objects", "tree")
+    __slots__ = ("head", "message_id", "objects", "size_bytes", "tree")
 
     def __init__(self, message: Message) -> None:
         with no_object_id_recompute():
@@ -38,6 +38,7 @@ class Deflated:
             self.objects = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
             bare = remove_content_from_message(message) if message.has_content() else message
             self.head: ProtoMessage = message_to_proto(bare)
+        self.size_bytes = sum(len(content) for content in self.objects.values())
 
 
 def pull(tree: ObjectTree, ask: Callable[[str], PullObjectResponse], max_payload_bytes: int) -> Message:

@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from flwr.app.message import make_message
@@ -25,10 +26,13 @@ from fedmini.errors import LinkError, StateError, UpdateError
 from fedmini.flower import codec, objects
 from fedmini.flower.calls import Calls
 from fedmini.flower.codec import Envelope
+from fedmini.flower.objects import Deflated
 
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 40.0
 RETRY_SECONDS = 0.3
+ANSWER_SECONDS = 5.0  # for an answer that was held to its end
+BATCH_MESSAGES, BATCH_BYTES = 16, 2 * 2**20
 MESSAGE_TYPE = "train.fedmini"
 
 PYPROJECT = b"""[build-system]
@@ -68,6 +72,7 @@ class ServerLink:
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
+        self._aside = ThreadPoolExecutor(1, "fedmini-confirm")
 
         def headers() -> dict[str, str]:
             token = {TASK_TOKEN_HEADER: self._task_token} if self._task_token else {}
@@ -119,8 +124,21 @@ class ServerLink:
         found = self._calls.call("/v1/runtime/get-nodes", runtime_pb2.GetNodesRequest(), runtime_pb2.GetNodesResponse)
         return frozenset(node.node_id for node in found.nodes)
 
-    def send(self, node: int, envelope: Envelope, ttl_s: float) -> str:
-        """Put a message to a node on its way; its id, by which the answer is known."""
+    def send_all(self, requests: Iterable[tuple[int, Envelope]], ttl_s: float) -> Iterator[str | None]:
+        """Put messages to nodes on their way, a few at a time: their ids, by which the answers are known, in order.
+
+        None in the place of one that was not taken: its node is not registered any more.
+        """
+        batch: list[Deflated] = []
+        for node, envelope in requests:
+            batch.append(self._deflated(node, envelope, ttl_s))
+            if len(batch) == BATCH_MESSAGES or sum(one.size_bytes for one in batch) >= BATCH_BYTES:
+                yield from self._push(batch)
+                batch = []
+        if batch:
+            yield from self._push(batch)
+
+    def _deflated(self, node: int, envelope: Envelope, ttl_s: float) -> Deflated:
         metadata = Metadata(
             run_id=self._run,
             message_id="",
@@ -132,13 +150,14 @@ class ServerLink:
             ttl=ttl_s,
             message_type=MESSAGE_TYPE,
         )
-        deflated = objects.Deflated(make_message(metadata=metadata, content=codec.pack(envelope)))
+        return Deflated(make_message(metadata=metadata, content=codec.pack(envelope)))
+
+    def _push(self, batch: list[Deflated]) -> list[str | None]:
         request = runtime_pb2.PushAppMessagesRequest(
-            messages_list=[deflated.head], message_object_trees=[deflated.tree]
+            messages_list=[one.head for one in batch], message_object_trees=[one.tree for one in batch]
         )
         answer = self._calls.call("/v1/runtime/push-messages", request, runtime_pb2.PushAppMessagesResponse)
-        if not answer.message_ids or not answer.message_ids[0]:
-            raise LinkError(f"the SuperLink took no message for node {node}: is it registered?")
+        contents = {name: content for one in batch for name, content in one.objects.items()}  # shared ones once
 
         def push(name: str, content: bytes) -> bool:
             request = message_pb2.PushObjectRequest(
@@ -151,25 +170,29 @@ class ServerLink:
             return self._calls.call("/v1/runtime/push-object", request, message_pb2.PushObjectResponse).stored
 
         wanted = set(answer.objects_to_push)
-        objects.push(((name, content) for name, content in deflated.objects.items() if name in wanted), push)
-        return str(answer.message_ids[0])
+        objects.push(((name, content) for name, content in contents.items() if name in wanted), push)
+        return [str(name) or None for name in answer.message_ids]
 
-    def receive(self, pending: Iterable[str], until: Callable[[], bool]) -> Iterator[Reply]:
-        """The answers to these messages as they come, one in memory at a time, until all came or `until` is true.
+    def receive(self, pending: Iterable[str], until: float) -> Iterator[Reply]:
+        """The answers to these messages as they come, one in memory at a time, until all came or it is `until`.
 
-        A SuperLink that is away for a moment is waited for; one that refuses raises LinkError.
+        By the monotonic clock. A SuperLink that is away for a moment is waited for; one that refuses raises LinkError.
         """
         waiting = set(pending)
-        while waiting and not until():
+        while waiting and (left := until - time.monotonic()) > 0:
             request = runtime_pb2.PullAppMessagesRequest(message_ids=sorted(waiting))
             try:
                 found = self._calls.call(
-                    "/v1/runtime/pull-messages", request, runtime_pb2.PullAppMessagesResponse, POLL_SECONDS
+                    "/v1/runtime/pull-messages",
+                    request,
+                    runtime_pb2.PullAppMessagesResponse,
+                    min(left + ANSWER_SECONDS, POLL_SECONDS),
+                    hold_s=left,
                 )
             except LinkError as error:
                 if error.status is not None and error.status < 500:
                     raise
-                self._closed.wait(RETRY_SECONDS)
+                self._closed.wait(min(RETRY_SECONDS, left))
                 continue
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 waiting.discard(head.metadata.reply_to_message_id)
@@ -191,14 +214,16 @@ class ServerLink:
             envelope = codec.unpack(message.content)
         except (UpdateError, LinkError) as error:
             return Reply(about, node, None, str(error))
-        confirm = message_pb2.ConfirmMessageReceivedRequest(
-            node=self._node, run_id=run, message_object_id=tree.object_id
-        )
-        with contextlib.suppress(LinkError):  # it only lets the SuperLink forget the objects sooner
-            self._calls.call(
-                "/v1/runtime/confirm-message-received", confirm, message_pb2.ConfirmMessageReceivedResponse
-            )
+        self._aside.submit(self._confirm, run, tree.object_id)
         return Reply(about, node, envelope)
+
+    def _confirm(self, run: int, name: str) -> None:
+        """Let the SuperLink forget the objects of an answer; nobody waits for it."""
+        request = message_pb2.ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=name)
+        with contextlib.suppress(LinkError):
+            self._calls.call(
+                "/v1/runtime/confirm-message-received", request, message_pb2.ConfirmMessageReceivedResponse
+            )
 
     def end(self) -> None:
         """Say that the run is over, and close."""
@@ -210,6 +235,7 @@ class ServerLink:
     def close(self) -> None:
         """End every call. Closing twice is fine."""
         self._closed.set()
+        self._aside.shutdown(wait=False, cancel_futures=True)
         self._calls.close()
 
     def _beat(self) -> None:

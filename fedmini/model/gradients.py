@@ -5,6 +5,7 @@ writes it where it is wanted, and the gradient of the batch is never formed. Opa
 with `grad_sample_mode="no_op"`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,9 +15,13 @@ from peft.tuners.lora import Linear
 
 @dataclass(slots=True)
 class GradientRecorder:
-    """Shared by the LoRA layers of one model: while `flat` is set, their backward adds to its rows."""
+    """Shared by the LoRA layers of one model: while `flat` is set, their backward adds to its rows.
+
+    `check` is called by every layer, forward and backward: what it raises ends the step at once.
+    """
 
     flat: torch.Tensor | None = None  # (num_examples, num_parameters), float32
+    check: Callable[[], None] = lambda: None
 
 
 class RecordingLinear(Linear):
@@ -35,6 +40,7 @@ class RecordingLinear(Linear):
         self.recorder, self.place_of_a, self.place_of_b = recorder, place_of_a, place_of_b
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.recorder.check()
         if self.recorder.flat is None or not torch.is_grad_enabled():
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
@@ -80,6 +86,7 @@ class _RecordedLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer: RecordingLinear = ctx.layer
+        layer.recorder.check()
         x, hidden = ctx.saved_tensors
         a, b = layer.a, layer.b
         gradient = gradients[0].to(b.dtype)  # (num_examples, length, num_outputs)

@@ -1,6 +1,6 @@
 """LoRA on a base: its trainable tensors as an adapter, and what one device computes with them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -104,6 +104,10 @@ class LoraModel:
                 values = torch.from_numpy(np.ascontiguousarray(adapter[name], dtype=np.float32))
                 if not torch.equal(tensor.cpu(), values):  # what is read of a shared prefix stays valid
                     tensor.copy_(values)
+
+    def interrupt_by(self, check: Callable[[], None]) -> None:
+        """Call `check` at every LoRA layer from now on: what it raises ends the computation that goes on, within it."""
+        self._recorder.check = check
 
     def flat(self) -> Vector:
         """The adapter as one vector: the template's order, C order within a tensor."""

@@ -1,0 +1,135 @@
+"""The coordinator's process: the rounds of one run, between the devices that the gate lets in and the run's folder.
+
+`python -m fedmini.deployment.coordinator DIR RUN LOCAL_PORT`, as the supervisor starts it. It logs JSON lines on stderr.
+"""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from fedmini import events, run_history, server_folder
+from fedmini.deployment import run_files
+from fedmini.deployment.roll_call import RollCall
+from fedmini.deployment.run_files import RunFiles
+from fedmini.deployment.served_run import ServedRun, ServedRunParts
+from fedmini.deployment.server_model import initial_adapter
+from fedmini.deployment.status import StatusFile
+from fedmini.errors import FedMiniError, LinkError
+from fedmini.events import Emit
+from fedmini.flower import gate
+from fedmini.flower.loopback_token import HEADER
+from fedmini.flower.server_link import ServerLink
+from fedmini.privacy.ledger import Ledger
+from fedmini.privacy.noise import RandomStream, Streams
+from fedmini.server_folder import ServerFolder
+from fedmini.types import Manifest
+
+LINK_SECONDS = 60.0  # for the gate to come back
+STATE = "state"
+
+
+@dataclass(frozen=True, slots=True)
+class Randomness:
+    """The server's own: whom a round asks, and its noise where that is the plan's. Seeded in tests only."""
+
+    streams: Streams
+    is_seeded: bool
+
+
+def from_os(*purpose: object) -> RandomStream:
+    """A fresh stream from the operating system, whatever it is for."""
+    return RandomStream.from_os()
+
+
+FROM_OS = Randomness(from_os, is_seeded=False)
+
+
+def serve_run(path: Path, name: str, local_port: int, emit: Emit, randomness: Randomness = FROM_OS) -> None:
+    """Serve a run to its end, from wherever it stands. Raises a FedMiniError; what was committed is saved."""
+    folder = server_folder.opened(path)
+    files = run_files.open_run(folder.run_folder(name), folder.trust)
+    status = StatusFile(path / STATE)
+    run_history.check_saved_together(files.directory)
+    with Ledger.open(files.directory.ledger, files.manifest.run_id) as ledger:
+        run_files.begin(files)
+        state, history = run_history.starting_point(
+            files.manifest, lambda: initial_adapter(files.manifest), files.directory, ledger
+        )
+        link = ServerLink(local_port, {HEADER: folder.token}, max_payload_bytes(files.manifest))
+        try:
+            _begin(link, status)
+            emit("run.began", run=files.manifest.run_id, round=state.round_num, rounds=files.manifest.num_rounds)
+            parts = _parts(folder, files, link, local_port, status, emit, randomness)
+            ServedRun(parts, ledger, state, history).run()
+            link.end()
+        finally:
+            link.close()
+
+
+def _parts(
+    folder: ServerFolder,
+    files: RunFiles,
+    link: ServerLink,
+    local_port: int,
+    status: StatusFile,
+    emit: Emit,
+    randomness: Randomness,
+) -> ServedRunParts:
+    return ServedRunParts(
+        files=files,
+        link=link,
+        roll=RollCall(folder, local_port, link, files.signed, emit),
+        timing=folder.config.timing,
+        streams=randomness.streams,
+        is_seeded=randomness.is_seeded,
+        status=status,
+        emit=emit,
+    )
+
+
+def _begin(link: ServerLink, status: StatusFile) -> None:
+    """Begin a run of Flower's, and end the one that an earlier process left: its messages must reach nobody any more."""
+    until = time.monotonic() + LINK_SECONDS
+    while True:
+        try:
+            status.remember_link(link.begin(status.previous_link()))
+            return
+        except LinkError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def max_payload_bytes(manifest: Manifest) -> int:
+    """The largest answer that a device may send: a tenth more than its vector takes, and its shares."""
+    release = manifest.release
+    vector = manifest.num_coordinates * release.modulus_bits // 8
+    return int(1.1 * vector) + 1024 * release.max_devices + 2**16
+
+
+def run_process(arguments: list[str], randomness: Randomness) -> int:
+    """What the process does; its exit code: 0 where the run is over, 2 where somebody has to do something first."""
+    if len(arguments) != 3 or not arguments[2].isdecimal():
+        print("usage: python -m fedmini.deployment.coordinator DIR RUN LOCAL_PORT", file=sys.stderr)
+        return 2
+    gate.end_with(os.getppid())
+    signal.signal(signal.SIGTERM, _end)
+    emit = events.to_stream(sys.stderr, "json", "coordinator")
+    try:
+        serve_run(Path(arguments[0]), arguments[1], int(arguments[2]), emit, randomness)
+    except FedMiniError as error:
+        emit("run.stopped", kind=type(error).__name__, reason=str(error))
+        return 3 if isinstance(error, LinkError) else 2
+    return 0
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(sys.argv[1:], FROM_OS))

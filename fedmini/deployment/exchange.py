@@ -1,0 +1,110 @@
+"""Five requests and their answers over Flower: the transport that `SecureSum` is given."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from fedmini.config import TimingSection
+from fedmini.deployment.roll_call import RollCall, refusal_of
+from fedmini.errors import LinkError, StateError, UpdateError
+from fedmini.events import Emit
+from fedmini.flower import replies
+from fedmini.flower.codec import Envelope
+from fedmini.flower.server_link import Reply, ServerLink
+from fedmini.secagg.messages import Stage
+from fedmini.types import DeviceId
+
+GRACE_SECONDS = 5.0
+
+
+class FlowerExchange:
+    """One run's exchanges. What a device does not answer in time, or not usably, costs it the round and nobody else."""
+
+    def __init__(self, link: ServerLink, roll: RollCall, manifest_hash: str, timing: TimingSection, emit: Emit) -> None:
+        self._link, self._roll, self._manifest_hash, self._emit = link, roll, manifest_hash, emit
+        self._seconds: Mapping[Stage, float] = {
+            Stage.ADVERTISE: timing.advertise_s,
+            Stage.SHARE: timing.share_s,
+            Stage.CONTRIBUTE: timing.contribute_s,
+            Stage.AGREE: timing.agree_s,
+            Stage.UNMASK: timing.unmask_s,
+        }
+        self._late: dict[str, tuple[DeviceId, Stage]] = {}
+        self.num_late = 0
+        self.sent: Counter[DeviceId] = Counter()  # bytes to each device in this round
+        self.received: Counter[DeviceId] = Counter()
+
+    def __call__(self, stage: Stage, requests: Iterator[tuple[DeviceId, bytes]]) -> Iterator[tuple[DeviceId, bytes]]:
+        """Send a stage's requests, and give the answers as they arrive, until all are there or its time is over."""
+        if stage is Stage.ADVERTISE:
+            self.sent, self.received = Counter(), Counter()
+        until = time.monotonic() + self._seconds[stage]
+        self._emit("stage.began", stage=stage.name)
+        try:
+            pending = self._send(stage, requests)
+            yield from self._answers(stage, pending, until)
+        except LinkError as error:  # the SuperLink is away or knows us no more: who has not answered is out
+            self._emit("link.lost", reason=str(error))
+
+    def _send(self, stage: Stage, requests: Iterator[tuple[DeviceId, bytes]]) -> dict[str, DeviceId]:
+        order: list[DeviceId] = []
+
+        def messages() -> Iterator[tuple[int, Envelope]]:
+            for device, request in requests:
+                node = self._roll.node(device)
+                if node is None:  # revoked since
+                    continue
+                order.append(device)
+                self.sent[device] += len(request)
+                fields = {"manifest": self._manifest_hash, "stage": stage.name}
+                yield node, Envelope("request", fields, request)
+
+        names = list(self._link.send_all(messages(), self._seconds[stage] + GRACE_SECONDS))
+        return {name: device for name, device in zip(names, order, strict=True) if name is not None}
+
+    def _answers(self, stage: Stage, pending: dict[str, DeviceId], until: float) -> Iterator[tuple[DeviceId, bytes]]:
+        waiting, replayed = dict(pending), 0
+        replied = self._link.receive([*waiting, *self._late], until)
+        while waiting and (reply := next(replied, None)) is not None:
+            if reply.message_id in self._late:
+                self._note_late(reply)
+                continue
+            device = waiting.pop(reply.message_id)
+            try:
+                envelope = self._usable(device, stage, reply)
+            except UpdateError as error:
+                replayed += str(error).startswith("replayed")
+                self._roll.not_ready(device, str(error))
+                self._check_not_restored(replayed, len(pending))
+                continue
+            self.received[device] += len(envelope.payload)
+            yield device, envelope.payload
+        for name, device in waiting.items():
+            self._late[name] = (device, stage)
+            self._roll.not_ready(device, f"no answer at stage {stage.name}")
+
+    def _usable(self, device: DeviceId, stage: Stage, reply: Reply) -> Envelope:
+        """The answer in a reply. Raises UpdateError, which says why there is none."""
+        envelope = reply.envelope
+        if envelope is None:
+            raise UpdateError(f"no answer at stage {stage.name} ({reply.problem})")
+        replies.check(self._roll.device_key(device), reply.message_id, envelope)
+        if envelope.kind != "answer":
+            raise UpdateError(refusal_of(envelope))
+        return envelope
+
+    def _note_late(self, reply: Reply) -> None:
+        device, stage = self._late.pop(reply.message_id)
+        if reply.envelope is None:  # Flower says that the message has expired
+            return
+        self.num_late += 1
+        self._emit("reply.late", device=device, stage=stage.name)
+
+    def _check_not_restored(self, num_replayed: int, num_asked: int) -> None:
+        """Raise StateError where most devices say that they have been in this round or a later one."""
+        if 2 * num_replayed > num_asked:
+            self._emit("alarm.restored", devices=num_replayed)
+            raise StateError(
+                f"{num_replayed} of {num_asked} devices have taken part in this round or a later one: this server's state is an "
+                "old copy; bring the newest one back, or plan and sign a new run"
+            )

@@ -1,0 +1,208 @@
+"""What a device agreed to, and what it was offered: consent is asked for, and never assumed."""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmini import enrolment, files
+from fedmini.conditions import DailyUsage
+from fedmini.config import DeviceConfig
+from fedmini.device import participation
+from fedmini.device.interruption import Interruption
+from fedmini.device.loaded_base import LoadedBase
+from fedmini.device.participation import Participation
+from fedmini.device.randomness import Randomness
+from fedmini.enrolment import Enrolment, bargain, records
+from fedmini.errors import ConfigError, ProtocolError, StateError, UpdateError
+from fedmini.offer import Offer
+from fedmini.secagg import trust_text
+from fedmini.secagg.signed_manifest import SignedManifest
+from fedmini.store import ExampleStore
+
+OFFERS = "offers"
+MAX_OFFERS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedRun:
+    """A run that a server offered and nobody has agreed to yet."""
+
+    run_id: str
+    manifest_hash: str
+    terms: tuple[str, ...]  # what it may cost this device, in lines, every number by its own accountant
+
+
+class Membership:
+    """A device's folder, once it is enrolled: what it agreed to, and the runs that it is ready for.
+
+    Safe from several threads; only the worker's asks for a `Participation`.
+    """
+
+    def __init__(self, folder: Path, config: DeviceConfig, store: ExampleStore, base: LoadedBase) -> None:
+        self._folder, self._config, self._store, self._base = folder, config, store, base
+        self._lock = threading.RLock()
+        self._opened = ExitStack()
+        self._enrolment: Enrolment | None = None
+        self._ready: dict[str, Participation] = {}
+        self._offers: dict[str, SignedManifest] = {}
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"Membership({str(self._folder)!r})"
+
+    @property
+    def enrolment(self) -> Enrolment | None:
+        """The enrolled device's folder; None before the enrolment."""
+        return self._enrolment
+
+    def enrolled(self) -> Enrolment:
+        """The same. Raises ConfigError before the enrolment."""
+        if self._enrolment is None:
+            raise ConfigError("this device is not enrolled: give its device.pub to an operator, then call `enrol`")
+        return self._enrolment
+
+    def enrol(self, certificate: bytes, operator_key: bytes) -> None:
+        """Take the operator's certificate. Raises a FedMiniError as `fedmini device enrol` does."""
+        from fedmini.secagg import signing_keys
+
+        try:
+            found, key = trust_text.read_certificate(certificate), signing_keys.read_public(operator_key)
+        except UpdateError as error:
+            raise ConfigError(str(error)) from None
+        with self._lock:
+            self.close()
+            enrolment.enrol(self._folder, found, key)
+            self._open()
+
+    def _open(self) -> None:
+        if records.is_enrolled(self._folder):
+            self._enrolment = self._opened.enter_context(enrolment.opened(self._folder))
+            self._offers = self._read_offers(self._enrolment)
+
+    def close(self) -> None:
+        """Give up every run that goes on, and let go of the folder. Closing twice is fine."""
+        with self._lock:
+            self.leave_rounds()
+            self._enrolment = None
+            self._opened.close()
+            self._opened = ExitStack()
+
+    def leave_rounds(self) -> None:
+        """Give up the rounds that go on; the models stay."""
+        with self._lock:
+            for ready in self._ready.values():
+                ready.close()
+
+    def consider(self, offer: Offer) -> str | None:
+        """Take what the operator has signed since, and say what stands against taking part: "consent", or nothing.
+
+        Raises a FedMiniError where the run is none that this device could agree to.
+        """
+        with self._lock:
+            own = self.enrolled()
+            if offer.rotations or offer.revocations is not None:
+                own.follow(offer.rotations, offer.revocations, offer.certificate if offer.rotations else None)
+            name = offer.signed.manifest.hash
+            own.check(offer.signed)
+            if name in own.manifests or name in self._config.consent.manifests:
+                own.accept(offer.signed)
+                self._forget_offer(name)
+                return None
+            self._keep_offer(offer.signed)
+            return "consent"
+
+    def offers(self) -> tuple[OfferedRun, ...]:
+        """The runs that wait for consent."""
+        with self._lock:
+            own = self._enrolment
+            if own is None:
+                return ()
+            return tuple(
+                OfferedRun(one.manifest.run_id, name, tuple(bargain.describe(one.manifest, own)))
+                for name, one in self._offers.items()
+            )
+
+    def consent(self, manifest_hash: str) -> None:
+        """Agree to a run that was offered; the same again is fine. Raises ConfigError for one that never was."""
+        with self._lock:
+            own = self.enrolled()
+            if manifest_hash in own.manifests:
+                return
+            if manifest_hash not in self._offers:
+                known = ", ".join(f"{name:.12}" for name in self._offers) or "none"
+                raise ConfigError(f"no run with the manifest {manifest_hash:.12} was offered; offered: {known}")
+            own.accept(self._offers[manifest_hash])
+            self._forget_offer(manifest_hash)
+
+    def withdraw(self, manifest_hash: str) -> None:
+        """Leave a run for good. Raises ProtocolError where it was never joined."""
+        with self._lock:
+            own = self.enrolled()
+            run_id = own.manifest(manifest_hash).run_id
+            own.withdraw(manifest_hash)
+            if manifest_hash in self._ready:
+                self._ready.pop(manifest_hash).close()
+            self._store.thaw(run_id)
+
+    def ready(
+        self, manifest_hash: str, randomness: Randomness, interruption: Interruption, usage: DailyUsage
+    ) -> Participation:
+        """The run, ready to answer for: its examples are frozen at the first time, and its model is loaded.
+
+        Raises a FedMiniError where this device never agreed to it, or can't take part.
+        """
+        with self._lock:
+            own = self.enrolled()
+            manifest = own.manifest(manifest_hash)
+            if manifest_hash in self._ready:
+                return self._ready[manifest_hash]
+            most = participation.max_examples(manifest, self._config.training.max_examples)
+        examples = self._store.freeze(manifest.run_id, most)
+        ready = Participation(own, manifest, examples, self._base, randomness, interruption, usage)
+        with self._lock:
+            for other in self._ready.values():  # one model in memory
+                other.close()
+            self._ready = {manifest_hash: ready}
+        return ready
+
+    def forget(self) -> None:
+        """Let go of everything that was made of the examples."""
+        with self._lock:
+            self.leave_rounds()
+            self._ready = {}
+
+    def _keep_offer(self, signed: SignedManifest) -> None:
+        name = signed.manifest.hash
+        if self._offers.get(name) == signed:
+            return
+        place = self._folder / OFFERS
+        try:
+            place.mkdir(mode=0o700, exist_ok=True)
+            files.replace_synced(place / f"{name}.json", trust_text.write_signed_manifest(signed), 0o600)
+        except OSError as error:
+            raise StateError(f"can't keep an offer in {place}: {error.strerror}; make room") from error
+        self._offers[name] = signed
+        for oldest in list(self._offers)[:-MAX_OFFERS]:
+            self._forget_offer(oldest)
+
+    def _forget_offer(self, name: str) -> None:
+        self._offers.pop(name, None)
+        (self._folder / OFFERS / f"{name}.json").unlink(missing_ok=True)
+
+    def _read_offers(self, own: Enrolment) -> dict[str, SignedManifest]:
+        """The offers that still could be agreed to; a damaged one comes again from the server."""
+        return _checked(own.check, sorted((self._folder / OFFERS).glob("*.json")))
+
+
+def _checked(check: Callable[[SignedManifest], None], paths: Sequence[Path]) -> dict[str, SignedManifest]:
+    found = {}
+    for path in paths:
+        try:
+            signed = trust_text.read_signed_manifest(path.read_bytes())
+            check(signed)
+        except (OSError, UpdateError, ProtocolError):
+            continue
+        found[signed.manifest.hash] = signed
+    return found
