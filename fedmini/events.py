@@ -47,6 +47,18 @@ def to_stream(stream: TextIO, log_format: Format, source: str, clock: Callable[[
     return emit
 
 
+def relayed(line: str, log_format: Format, source: str) -> str:
+    """A line that another process logged as JSON, in this format. Anything else that it said becomes an event."""
+    try:
+        record = json.loads(line)
+        at = datetime.fromisoformat(record.pop("time"))
+        origin, event = str(record.pop("source")), str(record.pop("event"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        at, origin, event, record = datetime.now(UTC), source, "process.said", {"line": line}
+    write = _json_line if log_format == "json" else _text_line
+    return write(at, origin, event, {str(name): _short(value) for name, value in record.items()})
+
+
 def _json_line(at: datetime, source: str, event: str, fields: Mapping[str, Field]) -> str:
     return json.dumps({"time": at.isoformat(timespec="milliseconds"), "source": source, "event": event, **fields})
 

@@ -96,6 +96,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "uvicorn": ("fedmini.flower",),
     "starlette": ("fedmini.flower",),
     "fastapi": ("fedmini.flower",),
+    "uvloop": ("fedmini.flower",),
     "sqlite3": ("fedmini.store", "fedmini.server_folder"),
     "keyring": ("fedmini.store",),
     "secretstorage": ("fedmini.store",),

@@ -44,3 +44,15 @@ def test_a_closed_stream_stops_nothing() -> None:
     emit = events.to_stream(stream, "text", "server")
     stream.close()
     emit("after", closed=True)
+
+
+def test_a_line_of_another_process_is_shown_as_ones_own() -> None:
+    (line,) = lines("json", ("round.committed", {"round": 3}))
+    assert events.relayed(line, "json", "gate") == line
+    assert events.relayed(line, "text", "gate") == "1970-01-01T00:00:00Z server: round.committed round=3"
+
+
+def test_what_a_process_says_beside_its_log_becomes_an_event() -> None:
+    for said in ("Traceback (most recent call last):", "[1, 2]", '{"time": 3}', ""):
+        found = json.loads(events.relayed(said, "json", "gate"))
+        assert (found["source"], found["event"], found["line"]) == ("gate", "process.said", said)

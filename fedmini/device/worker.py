@@ -31,6 +31,7 @@ REST_SECONDS = 5.0  # between two looks while it may not train
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 MAX_PAYLOAD_BYTES = 300 * 2**20
 MAX_REASON = 300
+MAX_ANSWERED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Worker:
         self._connection: FleetConnection | None = None
         self._run: int | None = None
         self._ended: set[int] = set()
+        self._answered: dict[str, Envelope] = {}  # the last few, by message: one that comes twice is one message
         self._why: str | None = "it was not started"
         self._problem: str | None = None
         self._threads: list[threading.Thread] = []
@@ -179,8 +181,11 @@ class Worker:
             return None
 
     def _answer(self, connection: FleetConnection, received: Received) -> None:
+        if received.message_id in self._answered:  # the server did not hear that it arrived: the same answer again
+            return self._send(connection, received, self._answered[received.message_id])
         if received.run in self._ended:
             return  # a message from before the server's program began anew
+        self._parts.emit("device.answering", stage=str(received.envelope.fields.get("stage", received.envelope.kind)))
         try:
             envelope = self._handled(received)
         except FedMiniError as error:
@@ -192,8 +197,14 @@ class Worker:
         if self._stopping.is_set() or envelope is None:
             return
         identity = self._parts.membership.enrolled().identity
+        self._send(connection, received, replies.sign(identity, received.message_id, envelope))
+
+    def _send(self, connection: FleetConnection, received: Received, signed: Envelope) -> None:
+        self._answered[received.message_id] = signed
+        for oldest in list(self._answered)[:-MAX_ANSWERED]:
+            del self._answered[oldest]
         try:
-            connection.reply(received, replies.sign(identity, received.message_id, envelope))
+            connection.reply(received, signed)
         except LinkError as error:
             if error.status is None or error.status in (401, 502, 503, 504):
                 raise

@@ -196,6 +196,12 @@ def tls_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
     context.set_ciphers(CIPHERS)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
+    load(context, certificate, private_key)
+    return context
+
+
+def load(context: ssl.SSLContext, certificate: Path, private_key: Path) -> None:
+    """Let TLS show this certificate from now on. Raises ConfigError; then it shows the one before."""
     try:
         context.load_cert_chain(certificate, private_key)
     except (OSError, ssl.SSLError) as error:
@@ -203,4 +209,3 @@ def tls_context(certificate: Path, private_key: Path) -> ssl.SSLContext:
             f"can't use the certificate {certificate} with the private key {private_key}: {error}. "
             "Expected two PEM files that belong together"
         ) from error
-    return context

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
-from fedmini.flower import admission, answers
+from fedmini.flower import admission, answers, calls
 from fedmini.flower.answers import Answer
 from fedmini.flower.bells import SERVER, Bell, Bells, Uploads, Wait
 from fedmini.flower.deliveries import Deliveries
@@ -79,26 +79,34 @@ class LongPoll:
                 self._deliveries.add(node, found.messages_list[0].metadata, answer)
             return self._deliveries.next(node) or answer if answer.status == 200 else answer
 
-        return await self._poll(look, receive, node)
+        return await self._poll(look, receive, node, self._hold_s)
 
     async def _server_polls(self, scope: Scope, body: bytes, receive: Receive) -> Answer | None:
-        return await self._poll(lambda: answers.ask(self.app, scope, body, receive), receive, SERVER)
+        hold_s = min(self._hold_s, asked_hold(scope))
+        return await self._poll(lambda: answers.ask(self.app, scope, body, receive), receive, SERVER, hold_s)
 
-    async def _poll(self, look: Callable[[], Awaitable[Answer]], receive: Receive, bell: Bell) -> Answer | None:
+    async def _poll(
+        self, look: Callable[[], Awaitable[Answer]], receive: Receive, bell: Bell, hold_s: float
+    ) -> Answer | None:
         wait = self.bells.listen(bell)
         gone = asyncio.ensure_future(receive())  # resolves when the client goes away
         try:
-            return await self._held(look, gone, bell, wait)
+            return await self._held(look, gone, bell, wait, hold_s)
         finally:
             self.bells.leave(bell, wait)
             gone.cancel()
 
     async def _held(
-        self, look: Callable[[], Awaitable[Answer]], gone: asyncio.Future[AsgiMessage], bell: Bell, wait: Wait
+        self,
+        look: Callable[[], Awaitable[Answer]],
+        gone: asyncio.Future[AsgiMessage],
+        bell: Bell,
+        wait: Wait,
+        hold_s: float,
     ) -> Answer | None:
         """The answer to send; None where the client went away while nothing was there for it."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._hold_s
+        end = loop.time() + hold_s
         while True:
             wait.rung.clear()
             answer = await look()
@@ -163,6 +171,15 @@ class LongPoll:
         self._deliveries.forget(node)
         self.bells.ring([node])  # a poll that it holds is asked again, and refused
         return answer
+
+
+def asked_hold(scope: Scope) -> float:
+    """For how long the server's program wants an empty answer to be held at most: its stage may be over before."""
+    shown = [value for name, value in scope["headers"] if name == calls.HOLD_HEADER.encode("ascii")]
+    try:
+        return max(0.0, float(shown[0])) if shown else float("inf")
+    except ValueError:
+        return 0.0
 
 
 def is_own_reply(request: PushMessagesRequest) -> bool:

@@ -77,7 +77,7 @@ class _PlaceOnly(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[0] if record.exc_info else None
         self._emit(
-            "superlink_log",
+            "superlink.log",
             level=record.levelname.lower(),
             place=f"{record.name}:{record.module}:{record.lineno}",
             error=error.__name__ if error else None,

@@ -103,7 +103,7 @@ def test_a_gate_logs_no_secret_and_no_content(door: GateProcess):
     for secret in (door.token, *signed.values(), "MARKED", server.headers["flwr-task-token"]):
         assert secret not in door.log
     events = [json.loads(line) for line in door.log.splitlines()]
-    assert {event["event"] for event in events} <= {"gate_ready", "gate_stopped", "superlink_log"}
+    assert {event["event"] for event in events} <= {"gate.ready", "gate.stopped", "superlink.log"}
     assert all(set(event) <= FIELDS for event in events)
 
 

@@ -1,0 +1,56 @@
+"""A device in a process of its own, as an app would embed it: `python -m tests.deployment.device_process SETTINGS.json`.
+
+Its randomness is injected, its conditions always hold. It prints one JSON line for each event of its log.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from fedmini import events
+from fedmini.conditions import Conditions
+from fedmini.device import Device
+from fedmini.device.randomness import FROM_OS, Randomness
+from fedmini.flower import gate
+from tests.deployment import seeded
+
+
+class AlwaysGood:
+    """A device that is plugged in, idle, online for free, and cool."""
+
+    def read(self) -> Conditions:
+        return Conditions(on_power=True, is_idle=True, is_unmetered=True, temperature_c=30.0, free_memory_bytes=2**34)
+
+
+def main(settings: dict) -> None:
+    gate.end_with(os.getppid())
+    emit = events.to_stream(sys.stdout, "json", settings["name"])
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    randomness = Randomness(seeded.streams, is_seeded=True) if settings["seeded"] else FROM_OS
+    die_at = settings.get("die_at")
+
+    def watched(event: str, /, **fields) -> None:
+        emit(event, **fields)
+        if event == "device.answering" and fields["stage"] == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    device = Device(
+        Path(settings["folder"]),
+        settings["server"],
+        settings["server_key"],
+        conditions=AlwaysGood(),
+        emit=watched,
+        randomness=randomness,
+    )
+    with device:
+        device.start()
+        emit("process.ready")
+        ended.wait()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_bytes()))
