@@ -1,6 +1,5 @@
 """`fedmini server ...`: what an operator does with the folder of a server. Heavy imports happen inside commands."""
 
-import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -253,17 +252,10 @@ def _now() -> datetime:
 def _plan(config: Path) -> dict[str, dict[str, bytes]]:
     """The files of a run that was planned now, by its name."""
     from fedmini import config as configuration
-    from fedmini import manifest_file, planning
-    from fedmini.model import loading, runtime
-    from fedmini.model.lora import LoraModel
+    from fedmini.deployment import run_files
 
     chosen = configuration.load_run_config(config)
-    cache_dir = runtime.default_cache_dir()
-    model = LoraModel(loading.load_base(chosen.base, cache_dir, typer.echo), planning.lora_shape(chosen))
-    base = planning.Base(model.fingerprint, model.template)
-    manifest = planning.make_manifest(chosen, f"{chosen.run.name}-{secrets.token_hex(4)}", base, cache_dir)
-    settings = configuration.dump_run_config(chosen).encode()
-    return {chosen.run.name: {"manifest.json": manifest_file.canonical(manifest), "config.toml": settings}}
+    return {chosen.run.name: run_files.plan(chosen, typer.echo)}
 
 
 def _certify(operator: Path, keys: "DeviceKeys", name: str | None, passphrase_file: Path | None) -> "Certificate":

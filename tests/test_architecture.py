@@ -68,6 +68,7 @@ LAYERS: Mapping[str, int] = {
     "fedmini.device_commands": 8,
     "fedmini.operator_commands": 8,
     "fedmini.server_commands": 8,
+    "fedmini.serving_commands": 8,
     "fedmini.cli": 9,
     "fedmini.__main__": 10,
 }

@@ -10,6 +10,9 @@ import fedmini
 
 def test_the_public_names_are_these() -> None:
     assert fedmini.__all__ == [
+        "Conditions",
+        "Device",
+        "DeviceConditions",
         "FedMiniError",
         "RunConfig",
         "SimulationOptions",

@@ -1,13 +1,16 @@
 """A run's files on the server: its configuration, the manifest that the operator signed, and what `rundir` keeps."""
 
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedmini import config as configuration
 from fedmini import manifest_file, planning, rundir
 from fedmini.config import RunConfig
-from fedmini.errors import ConfigError, UpdateError
-from fedmini.model import runtime
+from fedmini.errors import ConfigError, StateError, UpdateError
+from fedmini.model import loading, runtime
+from fedmini.model.lora import LoraModel
 from fedmini.phrases import quoted
 from fedmini.rundir import RunDirectory
 from fedmini.secagg import signed_manifest, trust_text
@@ -58,12 +61,37 @@ def begin(files: RunFiles) -> None:
         rundir.begin(files.directory, files.config, files.manifest, {"deployment": True})
 
 
-def plan(config: RunConfig, folder: Path, planned: Manifest) -> Path:
-    """Put a planned run's files in place, to be signed; where its manifest is. Raises StateError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    rundir.replace(folder / "config.toml", configuration.dump_run_config(config).encode())
-    rundir.replace(folder / "manifest.json", manifest_file.canonical(planned))
-    return folder / "manifest.json"
+def plan(config: RunConfig, note: Callable[[str], None]) -> dict[str, bytes]:
+    """The files of a run that is planned now, for its folder: to be signed. Loads the base."""
+    cache_dir = runtime.default_cache_dir()
+    model = LoraModel(loading.load_base(config.base, cache_dir, note), planning.lora_shape(config))
+    base = planning.Base(model.fingerprint, model.template)
+    manifest = planning.make_manifest(config, f"{config.run.name}-{secrets.token_hex(4)}", base, cache_dir)
+    return {
+        "manifest.json": manifest_file.canonical(manifest),
+        "config.toml": configuration.dump_run_config(config).encode(),
+    }
+
+
+def put(folder: Path, planned: Mapping[str, bytes]) -> None:
+    """Put a planned run's files in place, the manifest last. Raises StateError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"can't make {folder}: {error.strerror}") from error
+    for name in sorted(planned):
+        rundir.replace(folder / name, planned[name], "give the same command again")
+
+
+def check_asked(folder: Path, asked: RunConfig) -> None:
+    """Raise ConfigError where the run in a folder was planned with other settings than these."""
+    stored = configuration.load_run_config(folder / "config.toml")
+    if stored != asked:
+        names = [name for name in RunConfig.model_fields if getattr(asked, name) != getattr(stored, name)]
+        raise ConfigError(
+            f"{folder} was planned with other settings ({', '.join(names)} differ): put them back, or give the run another "
+            "run.name, and plan and sign it anew"
+        )
 
 
 def _read_signed(folder: Path) -> SignedManifest:

@@ -6,8 +6,9 @@ DIR/offers/          runs that wait for consent         DIR/usage.json       min
 and the files of `fedmini.enrolment`: its keys, whom it believes, what it agreed to, its ledger.
 """
 
-from fedmini.device.embedded import Device, DeviceStatus, RunStatus
+from fedmini.device.embedded import Device
 from fedmini.device.membership import OfferedRun
 from fedmini.device.receipts import DeviceReceipt
+from fedmini.device.standing import DeviceStatus, RunStatus
 
 __all__ = ["Device", "DeviceReceipt", "DeviceStatus", "OfferedRun", "RunStatus"]

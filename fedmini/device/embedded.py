@@ -3,9 +3,9 @@
 import ssl
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from fedmini import config as configuration
 from fedmini import operator_keys
@@ -15,48 +15,21 @@ from fedmini.config import DeviceConfig
 from fedmini.device import kept_adapter, participation
 from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase
-from fedmini.device.membership import Membership, OfferedRun
+from fedmini.device.membership import Membership
 from fedmini.device.randomness import FROM_OS, Randomness
 from fedmini.device.receipts import DeviceReceipt, Receipts
+from fedmini.device.standing import DeviceStatus, RunStatus
 from fedmini.device.worker import Worker, WorkerParts
 from fedmini.enrolment import records
 from fedmini.errors import ConfigError
 from fedmini.events import Emit, nowhere
 from fedmini.flower.fleet import tls_context
+from fedmini.flower.gate import is_loopback
 from fedmini.phrases import quoted
-from fedmini.store import ExampleStore, StoredExample
+from fedmini.store import ExampleStore, StoredExample, os_keyring
+from fedmini.store.key_places import FindKeyring
 
 RECEIPTS, USAGE = "receipts.jsonl", "usage.json"
-
-
-@dataclass(frozen=True, slots=True)
-class RunStatus:
-    """A run that this device agreed to."""
-
-    run_id: str
-    manifest_hash: str
-    num_contributions: int
-    max_contributions: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStatus:
-    """How a device stands. Nothing in it is from an example."""
-
-    name: str | None  # its name with its operator; None before the enrolment
-    is_running: bool
-    is_connected: bool
-    why_not_training: str | None  # in words for its owner; None: it is connected, and trains when it is asked
-    problem: str | None  # what went wrong last, if it has not gone well since
-    num_examples: int
-    key_kept_in: str  # where the key of the examples is
-    runs: tuple[RunStatus, ...]
-    offers: tuple[OfferedRun, ...]  # runs that wait for consent
-    rounds_joined: int  # contributions, over all runs
-    epsilon_spent: Mapping[str, float]  # by unit, over all runs, at lifetime_delta, rounded up
-    lifetime_epsilon: float
-    lifetime_delta: float
-    last_adapter: tuple[str, int] | None  # its run, and after how many rounds
 
 
 class Device:
@@ -77,13 +50,15 @@ class Device:
         config: DeviceConfig | Mapping[str, Any] | None = None,
         emit: Emit = nowhere,
         randomness: Randomness = FROM_OS,
+        find_keyring: FindKeyring = os_keyring.find,
     ) -> None:
         """Open a device's folder; it is made, with keys of its own, where there is none.
 
         `server`: https://HOST:PORT. `server_key`: the certificate (PEM, or a file of it) that the server's is checked
         against, such as its tls/ca.crt; without it the system's authorities are. Both, and all limits, may stand in
         the folder's device.toml instead; `config` replaces that file. `conditions`: what the device knows about itself,
-        where Linux's own files don't say it. Raises ConfigError, or StateError where the folder is in use or damaged.
+        where Linux's own files don't say it. `find_keyring`: where the key of the examples is kept.
+        Raises ConfigError, or StateError where the folder is in use or damaged.
         """
         self.folder = Path(folder).expanduser()
         if not self.folder.exists():
@@ -91,7 +66,7 @@ class Device:
         self._config = _config_of(self.folder, config)
         self._server = server or self._config.device.server
         if self._server is not None:
-            configuration.parse_device_config({"device": {"server": self._server}}, "Device(server=...)")
+            _check_server(self._server)
         self._server_key = server_key if server_key is not None else self._config.device.server_key
         self._emit, self._randomness = emit, randomness
         self._lock = threading.RLock()
@@ -102,7 +77,7 @@ class Device:
             self._usage,
             local_time,
         )
-        self._store = ExampleStore.open(self.folder / "examples", self._config.store)
+        self._store = ExampleStore.open(self.folder / "examples", self._config.store, find_keyring=find_keyring)
         try:
             self._base = LoadedBase(
                 self._config.base, self._config.training, lambda note: emit("device.note", note=note)
@@ -278,6 +253,14 @@ def _config_of(folder: Path, given: DeviceConfig | Mapping[str, Any] | None) -> 
         return configuration.parse_device_config(given, "Device(config=...)")
     path = folder / records.CONFIG
     return configuration.load_device_config(path) if path.exists() else DeviceConfig()
+
+
+def _check_server(server: str) -> None:
+    """Raise ConfigError for what is no server's address, and for one without TLS that is not on this machine."""
+    configuration.parse_device_config({"device": {"server": server}}, "Device(server=...)")
+    host = urlsplit(server).hostname or ""
+    if server.startswith("http://") and not is_loopback(host):
+        raise ConfigError(f"server: {server} has no TLS, and {host} is not this machine: expected https://HOST:PORT")
 
 
 def _key_content(server_key: Path | str | None) -> bytes | None:

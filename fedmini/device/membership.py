@@ -78,7 +78,7 @@ class Membership:
 
     def _open(self) -> None:
         if records.is_enrolled(self._folder):
-            self._enrolment = self._opened.enter_context(enrolment.opened(self._folder))
+            self._enrolment = self._opened.enter_context(enrolment.opened(self._folder, self._config))
             self._offers = self._read_offers(self._enrolment)
 
     def close(self) -> None:

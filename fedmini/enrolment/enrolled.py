@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedmini import config as configuration
 from fedmini import files, floors
+from fedmini.config import DeviceConfig
 from fedmini.enrolment import agreement, records
 from fedmini.enrolment.records import Believed
 from fedmini.errors import ProtocolError, StateError
@@ -43,12 +44,13 @@ class Enrolment:
         "login_key",
     )
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: DeviceConfig | None = None) -> None:
+        """`config` stands in the place of the folder's device.toml."""
         self.folder = folder
         self._is_open = True
-        config = configuration.DeviceConfig()
-        if (folder / records.CONFIG).exists():
-            config = configuration.load_device_config(folder / records.CONFIG)
+        if config is None:
+            path = folder / records.CONFIG
+            config = configuration.load_device_config(path) if path.exists() else DeviceConfig()
         self.limits: Limits = floors.tighten(floors.COMPILED, config.floors)
         self.lifetime = LifetimeLimits(config.device.lifetime_epsilon, config.device.lifetime_delta)
         device_key = records.read_device_key(folder)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedmini.config import DeviceConfig
 from fedmini.enrolment import records
 from fedmini.enrolment.enrolled import Enrolment
 from fedmini.enrolment.records import Believed
@@ -69,8 +70,10 @@ def _check_signer(certificate: Certificate, operator_key: bytes) -> None:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Enrolment]:
+def opened(folder: Path, config: DeviceConfig | None = None) -> Iterator[Enrolment]:
     """An enrolled device's folder, locked against every other process, all of it verified.
+
+    `config` stands in the place of its device.toml.
 
     Raises ConfigError where the device is not enrolled, or its device.toml is wrong; StateError where the folder is in
     use, or a file is missing, damaged, or not what the operator signed: it says what to do.
@@ -80,7 +83,7 @@ def opened(folder: Path) -> Iterator[Enrolment]:
             raise ConfigError(
                 f"{folder} is not enrolled: `fedmini device enrol {folder} CERTIFICATE.json OPERATOR.pub`"
             )
-        enrolment = Enrolment(folder)
+        enrolment = Enrolment(folder, config)
         try:
             yield enrolment
         finally:

@@ -55,7 +55,7 @@ class GateConfig:
             raise ConfigError(
                 "a certificate needs its private key, and a private key its certificate: give both or none"
             )
-        if self.certificate is None and not _is_loopback(self.host):
+        if self.certificate is None and not is_loopback(self.host):
             raise ConfigError(
                 f"without a certificate a gate listens on loopback only, and {self.host} is not: give a certificate and key"
             )
@@ -177,7 +177,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
