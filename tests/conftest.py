@@ -25,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="minutes for each parser in tests/secagg/test_fuzz.py; 0: seconds",
     )
+    parser.addoption("--kill-seeds", type=int, default=6, help="runs of tests/deployment/test_kills.py, a kill in each")
+
+
+@pytest.fixture
+def kill_seeds(request: pytest.FixtureRequest) -> range:
+    """The seeds of the kills."""
+    return range(request.config.getoption("--kill-seeds"))
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,7 @@ class Deployment:
     config: RunConfig
     port: int
     people: Mapping[str, list[StoredExample]]
+    run: str  # the one that is served, of those that were planned
     server: Logged | None = None
     devices: dict[str, Logged] = field(default_factory=dict)
 
@@ -138,20 +139,15 @@ class Deployment:
 
     @property
     def run_folder(self) -> Path:
-        return self.server_folder / "runs" / self.config.run.name
+        return self.server_folder / "runs" / self.run
 
     @property
     def address(self) -> str:
         return f"https://127.0.0.1:{self.port}"
 
-    def start_server(self) -> Logged:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.deployment.server_process",
-            str(self.server_folder),
-            self.config.run.name,
-        ]
+    def start_server(self, run: str | None = None) -> Logged:
+        self.run = run or self.run
+        command = [sys.executable, "-m", "tests.deployment.server_process", str(self.server_folder), self.run]
         self.server = Logged.start("server", command, "stderr")
         return self.server
 
@@ -190,10 +186,8 @@ class Deployment:
             for name in ("gate", "coordinator"):
                 wait_until(lambda name=name: not is_alive(self.pid_of(name)), f"{name} to end with its server")
         else:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(self.pid_of(process), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def end(self) -> None:
         for device in self.devices.values():
@@ -234,10 +228,16 @@ def people_of(config: RunConfig, rows: list[dict[str, str]]) -> dict[str, list[S
 
 
 @contextmanager
-def deployment(folder: Path, config: RunConfig, rows: list[dict[str, str]] | None = None) -> Iterator[Deployment]:
-    """All folders made, every device enrolled, its examples stored and the run agreed to; nothing is started."""
+def deployment(
+    folder: Path, config: RunConfig, rows: list[dict[str, str]] | None = None, num_runs: int = 1
+) -> Iterator[Deployment]:
+    """All folders made, every device enrolled, its examples stored and the runs agreed to; nothing is started.
+
+    With several runs, alike but for their names, the devices' processes can serve one after the other.
+    """
     rows = tiny_run.rows() if rows is None else rows
-    made = Deployment(folder, config, free_port(), people_of(config, rows))
+    names = [config.run.name, *(f"{config.run.name}-{number}" for number in range(2, num_runs + 1))]
+    made = Deployment(folder, config, free_port(), people_of(config, rows), names[0])
     operator_keys.create(folder / "operator", None)
     operator_key = operator_keys.read_public_key(folder / "operator" / "operator.pub")
     served = configuration.parse_server_config(
@@ -247,25 +247,29 @@ def deployment(folder: Path, config: RunConfig, rows: list[dict[str, str]] | Non
         }
     )
     manifest = planned(config, folder)
-    settings = {"manifest.json": manifest_file.canonical(manifest), "config.toml": dump(config)}
-    server = server_folder.create(
-        made.server_folder, served, datetime.now(UTC), operator_key, {config.run.name: settings}
-    )
+    manifests = {name: replace(manifest, run_id=f"{name}-1") for name in names}
+    runs = {
+        name: {"manifest.json": manifest_file.canonical(one), "config.toml": dump(config, name)}
+        for name, one in manifests.items()
+    }
+    server = server_folder.create(made.server_folder, served, datetime.now(UTC), operator_key, runs)
     with operator_keys.opened(folder / "operator", lambda: b"") as operator:
-        signed = trust_text.write_signed_manifest(operator.sign_manifest(manifest))
-        (made.run_folder / "manifest.signed.json").write_bytes(signed)
+        signed = {name: operator.sign_manifest(one) for name, one in manifests.items()}
+        for name, one in signed.items():
+            place = made.server_folder / "runs" / name / "manifest.signed.json"
+            place.write_bytes(trust_text.write_signed_manifest(one))
         for name, examples in made.people.items():
             operator_keys.create_device(folder / name)
             keys = device_keys.read((folder / name / "device.pub").read_bytes())
             certificate = operator.certify(keys.device_key, name)
             server.enroll(keys, certificate)
             enrolment.enrol(folder / name, certificate, operator_key)
-            with enrolment.opened(folder / name) as own:
-                own.accept(trust_text.read_signed_manifest(signed))
             write_device_toml(folder / name, config)
-            with ExampleStore.open(
-                folder / name / "examples", configuration.StoreSection(), find_keyring=lambda: None
-            ) as store:
+            with enrolment.opened(folder / name) as own:
+                for one in signed.values():
+                    own.accept(one)
+            limits = configuration.StoreSection()
+            with ExampleStore.open(folder / name / "examples", limits, find_keyring=lambda: None) as store:
                 store.add_many(examples)
     try:
         yield made
@@ -284,9 +288,9 @@ def cache_dir(folder: Path) -> Path:
     return folder / "cache"
 
 
-def dump(config: RunConfig) -> bytes:
+def dump(config: RunConfig, name: str) -> bytes:
     """The run's settings as the server keeps them: no seed, which no deployment may have."""
-    served = config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
+    served = config.model_copy(update={"run": config.run.model_copy(update={"seed": None, "name": name})})
     return configuration.dump_run_config(served).encode()
 
 
