@@ -161,9 +161,10 @@ class Listener(uvicorn.Server):
         """Serve one connection; it counts from before its handshake until it is closed."""
         self._by_address[address] += 1
         patience_s = self.limits.patience_s
+        protocol = TimedConnection(self.config, self.server_state, patience_s)
         try:
-            _, protocol = await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: TimedConnection(self.config, self.server_state, patience_s),
+            await asyncio.get_running_loop().connect_accepted_socket(  # uvloop gives back its own protocol under TLS
+                lambda: protocol,
                 connection,
                 ssl=self.tls,
                 ssl_handshake_timeout=patience_s if self.tls else None,
