@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 FUZZ_MINUTES ?= 10
+KILLS ?= 200
 PIP_QUIET ?= -qq#                make demo PIP_QUIET= shows what pip does
 
 BIN := $(VENV)/bin
@@ -14,20 +15,26 @@ SMOKE := rounds.num_rounds=2 rounds.cohort_size=4 rounds.over_selection=1.0 roun
          rounds.max_participations=unset evaluation.max_examples=32
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz check smoke clean
+.PHONY: help demo test test-slow test-deployment chaos fuzz check smoke smoke-deployment clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo ## install, then fine-tune the 4-bit model on real chat, privately; started again, it goes on
 	@if [ -e "$(RUN)/manifest.json" ]; then resume=--resume; fi; \
 	$(BIN)/fedmini simulate simulations/chat.toml --output "$(RUN)" $$resume
 
 test: $(VENV)/.test ## install what tests need and run them, but for the slow ones (at most 4 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n auto -m "not slow"
+	@$(BIN)/python -m pytest -n auto -m "not slow and not deployment"
 
 test-slow: $(VENV)/.test ## run the slow tests only
 	@$(BIN)/python -m pytest -m slow
+
+test-deployment: $(VENV)/.test ## serve runs for real: server, TLS, devices in processes of their own, killed and attacked
+	@$(BIN)/python -m pytest -m "deployment and not slow"
+
+chaos: $(VENV)/.test ## kill the server, its gate or its coordinator in KILLS=200 runs, one after the other: some hours
+	@$(BIN)/python -m pytest -s --kill-seeds $(KILLS) tests/deployment/test_kills.py
 
 fuzz: $(VENV)/.test ## attack every parser for FUZZ_MINUTES=10 minutes each, and say how many inputs it had
 	@$(BIN)/python -m pytest -v -n auto --dist worksteal --fuzz-minutes $(FUZZ_MINUTES) \
@@ -45,6 +52,10 @@ smoke: $(VENV)/.demo ## plan every simulation, and run the demo, cut down to abo
 	for file in adapter/adapter_model.safetensors privacy.json report.html; do \
 	    [ -s "$$folder/run/$$file" ] || { echo "smoke: the run left no $$file" >&2; exit 1; }; \
 	done
+
+smoke-deployment: $(VENV)/.demo ## a whole deployment with the real model and real chat: four devices, two rounds
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python server/smoke_deployment.py "$$folder"
 
 clean: ## remove the virtual environment and what tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from fedmini import events, run_history, server_folder
 from fedmini.deployment import run_files
@@ -48,8 +49,22 @@ def from_os(*purpose: object) -> RandomStream:
 FROM_OS = Randomness(from_os, is_seeded=False)
 
 
+Connect: TypeAlias = Callable[[ServerFolder, RunFiles], tuple[ServerLink, RollCall]]
+"""How a run reaches its devices: the link that is not begun yet, and who is there."""
+
+
 def serve_run(path: Path, name: str, local_port: int, emit: Emit, randomness: Randomness = FROM_OS) -> None:
-    """Serve a run to its end, from wherever it stands. Raises a FedMiniError; what was committed is saved."""
+    """Serve a run behind the gate to its end, from wherever it stands. Raises a FedMiniError; what was committed is saved."""
+
+    def connect(folder: ServerFolder, files: RunFiles) -> tuple[ServerLink, RollCall]:
+        link = ServerLink(local_port, {HEADER: folder.token}, max_payload_bytes(files.manifest))
+        return link, RollCall(folder, local_port, link, files.signed, emit)
+
+    serve_over(connect, path, name, emit, randomness)
+
+
+def serve_over(connect: Connect, path: Path, name: str, emit: Emit, randomness: Randomness = FROM_OS) -> None:
+    """The same, however its devices are reached."""
     folder = server_folder.opened(path)
     files = run_files.open_run(folder.run_folder(name), folder.trust)
     status = StatusFile(path / STATE)
@@ -59,36 +74,24 @@ def serve_run(path: Path, name: str, local_port: int, emit: Emit, randomness: Ra
         state, history = run_history.starting_point(
             files.manifest, lambda: initial_adapter(files.manifest), files.directory, ledger
         )
-        link = ServerLink(local_port, {HEADER: folder.token}, max_payload_bytes(files.manifest))
+        link, roll = connect(folder, files)
         try:
             _begin(link, status)
             emit("run.began", run=files.manifest.run_id, round=state.round_num, rounds=files.manifest.num_rounds)
-            parts = _parts(folder, files, link, local_port, status, emit, randomness)
+            parts = ServedRunParts(
+                files=files,
+                link=link,
+                roll=roll,
+                timing=folder.config.timing,
+                streams=randomness.streams,
+                is_seeded=randomness.is_seeded,
+                status=status,
+                emit=emit,
+            )
             ServedRun(parts, ledger, state, history).run()
             link.end()
         finally:
             link.close()
-
-
-def _parts(
-    folder: ServerFolder,
-    files: RunFiles,
-    link: ServerLink,
-    local_port: int,
-    status: StatusFile,
-    emit: Emit,
-    randomness: Randomness,
-) -> ServedRunParts:
-    return ServedRunParts(
-        files=files,
-        link=link,
-        roll=RollCall(folder, local_port, link, files.signed, emit),
-        timing=folder.config.timing,
-        streams=randomness.streams,
-        is_seeded=randomness.is_seeded,
-        status=status,
-        emit=emit,
-    )
 
 
 def _begin(link: ServerLink, status: StatusFile) -> None:

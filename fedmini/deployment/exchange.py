@@ -15,6 +15,7 @@ from fedmini.secagg.messages import Stage
 from fedmini.types import DeviceId
 
 GRACE_SECONDS = 5.0
+FOLDER_SECONDS = 2.0  # between two looks at who was revoked
 
 
 class FlowerExchange:
@@ -64,31 +65,36 @@ class FlowerExchange:
 
     def _answers(self, stage: Stage, pending: dict[str, DeviceId], until: float) -> Iterator[tuple[DeviceId, bytes]]:
         waiting, replayed = dict(pending), 0
-        replied = self._link.receive([*waiting, *self._late], until)
-        while waiting and (reply := next(replied, None)) is not None:
-            if reply.message_id in self._late:
-                self._note_late(reply)
-                continue
-            device = waiting.pop(reply.message_id)
-            try:
-                envelope = self._usable(device, stage, reply)
-            except UpdateError as error:
-                replayed += str(error).startswith("replayed")
-                self._roll.not_ready(device, str(error))
-                self._check_not_restored(replayed, len(pending))
-                continue
-            self.received[device] += len(envelope.payload)
-            yield device, envelope.payload
+        while waiting and (now := time.monotonic()) < until:
+            for reply in self._link.receive([*waiting, *self._late], min(until, now + FOLDER_SECONDS)):
+                if reply.message_id in self._late:
+                    self._note_late(reply)
+                    continue
+                device = waiting.pop(reply.message_id)
+                try:
+                    envelope = self._usable(device, stage, reply)
+                except UpdateError as error:
+                    replayed += str(error).startswith("replayed")
+                    self._roll.not_ready(device, str(error))
+                    self._check_not_restored(replayed, len(pending))
+                    continue
+                self.received[device] += len(envelope.payload)
+                yield device, envelope.payload
+                if not waiting:
+                    return
+            self._roll.follow_folder()  # who was revoked meanwhile is cut off at once, and its answer not taken
         for name, device in waiting.items():
             self._late[name] = (device, stage)
             self._roll.not_ready(device, f"no answer at stage {stage.name}")
 
     def _usable(self, device: DeviceId, stage: Stage, reply: Reply) -> Envelope:
         """The answer in a reply. Raises UpdateError, which says why there is none."""
-        envelope = reply.envelope
+        envelope, device_key = reply.envelope, self._roll.device_key(device)
+        if device_key is None:
+            raise UpdateError("it was revoked, or removed from the server's folder")
         if envelope is None:
             raise UpdateError(f"no answer at stage {stage.name} ({reply.problem})")
-        replies.check(self._roll.device_key(device), reply.message_id, envelope)
+        replies.check(device_key, reply.message_id, envelope)
         if envelope.kind != "answer":
             raise UpdateError(refusal_of(envelope))
         return envelope

@@ -5,6 +5,7 @@ One that is not is asked again after a while, and whenever it comes back.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmini import offer as offers
@@ -36,10 +37,13 @@ class _Known:
 
 
 class RollCall:
-    """Keeps the SuperLink's list of nodes as the server's folder has it, and knows who is ready."""
+    """Keeps the SuperLink's list of nodes as the server's folder has it, and knows who is ready.
+
+    `local_port`: of the SuperLink's control API; None: who runs the SuperLink registers the devices there.
+    """
 
     def __init__(
-        self, folder: ServerFolder, local_port: int, link: ServerLink, signed: SignedManifest, emit: Emit
+        self, folder: ServerFolder, local_port: int | None, link: ServerLink, signed: SignedManifest, emit: Emit
     ) -> None:
         self._folder, self._local_port, self._link, self._emit = folder, local_port, link, emit
         self._signed = signed
@@ -70,9 +74,10 @@ class RollCall:
         known = self._known.get(device)
         return known.node if known is not None else None
 
-    def device_key(self, device: DeviceId) -> bytes:
-        """The key that a device signs with."""
-        return self._roll.devices[device].certificate.device_key
+    def device_key(self, device: DeviceId) -> bytes | None:
+        """The key that a device signs with; None where it may not log in any more."""
+        found = self._roll.devices.get(device)
+        return found.certificate.device_key if found is not None else None
 
     def not_ready(self, device: DeviceId, why: str) -> None:
         """A device did not answer, or not so that it can be used: it is asked anew before a round counts on it."""
@@ -88,7 +93,7 @@ class RollCall:
 
     def look(self, wait_s: float) -> None:
         """Find out who is there, ask who was not asked, and hear answers for so long. Raises LinkError."""
-        self._follow_folder()
+        self.follow_folder()
         online = self._link.nodes()
         for name, known in self._known.items():
             was, known.is_online = known.is_online, known.node in online
@@ -98,30 +103,42 @@ class RollCall:
         self._ask()
         self._hear(time.monotonic() + wait_s)
 
-    def _follow_folder(self) -> None:
+    def follow_folder(self) -> None:
         """Let in who was enrolled since, and keep out who was revoked or removed."""
         now = self._folder.fingerprint()
-        if now == self._fingerprint:
+        has_changed = now != self._fingerprint
+        if not has_changed and self._local_port is not None:
             return
         try:
-            self._roll = self._folder.roll()
+            self._roll = self._folder.roll() if has_changed else self._roll
         except FedMiniError as error:  # in the middle of a change: the next look sees it whole
             self._emit("folder.unreadable", reason=str(error))
             return
-        token = self._folder.token
         wanted = {device.login_key_bytes: name for name, device in self._roll.devices.items()}
-        for node in registry.list_nodes(self._local_port, token):
-            if node.public_key not in wanted:
-                registry.unregister_node(self._local_port, token, node.node_id)
-                self._emit("device.cut_off", node=str(node.node_id))
-        nodes = {name: registry.register_node(self._local_port, token, key) for key, name in wanted.items()}
+        nodes = self._found(wanted) if self._local_port is None else self._registered(wanted, self._local_port)
         self._known = {
             name: self._known[name] if name in self._known and self._known[name].node == node else _Known(node)
             for name, node in nodes.items()
         }
-        for known in self._known.values():  # what is offered may have changed
-            known.asked_at = 0.0 if not known.is_ready else known.asked_at
+        for known in self._known.values():
+            if has_changed and not known.is_ready:  # what is offered may have changed
+                known.asked_at = 0.0
         self._fingerprint = now
+
+    def _registered(self, wanted: Mapping[bytes, DeviceId], local_port: int) -> dict[DeviceId, int]:
+        """The nodes of these keys, which the SuperLink lets in, and no others."""
+        token = self._folder.token
+        for node in registry.list_nodes(local_port, token):
+            if node.public_key not in wanted:
+                registry.unregister_node(local_port, token, node.node_id)
+                self._emit("device.cut_off", node=str(node.node_id))
+        return {name: registry.register_node(local_port, token, key) for key, name in wanted.items()}
+
+    def _found(self, wanted: Mapping[bytes, DeviceId]) -> dict[DeviceId, int]:
+        """The nodes of these keys that are connected or were; 0, which is no node's, where one never was."""
+        found = self._link.nodes_by_key()
+        before = {name: known.node for name, known in self._known.items()}
+        return {name: found.get(key, before.get(name, 0)) for key, name in wanted.items()}
 
     def _ask(self) -> None:
         now = time.monotonic()
@@ -157,8 +174,11 @@ class RollCall:
         if reply.envelope is None:
             known.why = f"no answer came ({reply.problem})"
             return
+        device_key = self.device_key(name)
+        if device_key is None:
+            return
         try:
-            replies.check(self.device_key(name), reply.message_id, reply.envelope)
+            replies.check(device_key, reply.message_id, reply.envelope)
         except UpdateError as error:
             known.why = str(error)
             self._emit("reply.refused", device=name, why=str(error))

@@ -27,6 +27,7 @@ from fedmini.flower.calls import Calls
 from fedmini.flower.codec import Envelope
 
 HEARTBEAT_SECONDS = 20.0  # the server takes a device for gone after about twice that
+EMPTY_SECONDS = 0.3  # at least, between two empty answers: a stock SuperLink holds none
 POLL_SECONDS = 40.0  # longer than the server holds an empty answer
 CLOCK_TOLERANCE_SECONDS = 60.0
 
@@ -85,8 +86,10 @@ class FleetConnection:
         A message that can't be read raises UpdateError: it is gone, the server hands out each once.
         """
         request = fleet_pb2.PullMessagesRequest(node=self._node)
+        asked = time.monotonic()
         found = self._calls.call("/v1/fleet/pull-messages", request, fleet_pb2.PullMessagesResponse, POLL_SECONDS)
         if not found.messages_list:
+            self._closed.wait(max(0.0, EMPTY_SECONDS - (time.monotonic() - asked)))
             return None
         run, tree = found.messages_list[0].metadata.run_id, found.message_object_trees[0]
 

@@ -19,11 +19,13 @@ from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto import control_pb2, message_pb2, runtime_pb2
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.node_pb2 import Node
+from flwr.proto.node_pb2 import Node, NodeInfo
+from flwr.serverapp import Grid
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 
 from fedmini.errors import LinkError, StateError, UpdateError
-from fedmini.flower import codec, objects
+from fedmini.flower import acquired_task, codec, objects
+from fedmini.flower.acquired_task import AcquiredTask
 from fedmini.flower.calls import Calls
 from fedmini.flower.codec import Envelope
 from fedmini.flower.objects import Deflated
@@ -31,6 +33,7 @@ from fedmini.flower.objects import Deflated
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 40.0
 RETRY_SECONDS = 0.3
+EMPTY_SECONDS = 0.1  # before asking again a SuperLink that holds no empty answer
 ANSWER_SECONDS = 5.0  # for an answer that was held to its end
 BATCH_MESSAGES, BATCH_BYTES = 16, 2 * 2**20
 MESSAGE_TYPE = "train.fedmini"
@@ -65,10 +68,17 @@ class Reply:
 class ServerLink:
     """The connection to the SuperLink on loopback. Raises LinkError where that is away: `begin` again then."""
 
-    def __init__(self, port: int, loopback_headers: Mapping[str, str], max_payload_bytes: int) -> None:
+    def __init__(
+        self,
+        port: int,
+        loopback_headers: Mapping[str, str],
+        max_payload_bytes: int,
+        acquired: AcquiredTask | None = None,
+    ) -> None:
         self._max_payload_bytes = max_payload_bytes
-        self._task_token = ""
-        self._run = 0
+        self._acquired = acquired
+        self._task_token = acquired.token if acquired is not None else ""
+        self._run = acquired.run if acquired is not None else 0
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -78,7 +88,13 @@ class ServerLink:
             token = {TASK_TOKEN_HEADER: self._task_token} if self._task_token else {}
             return {**loopback_headers, **token}
 
-        self._calls = Calls(f"http://127.0.0.1:{port}", None, "flwr-serverapp", headers)
+        url, tls = (acquired.url, acquired.tls) if acquired is not None else (f"http://127.0.0.1:{port}", None)
+        self._calls = Calls(url, tls, "flwr-serverapp", headers)
+
+    @classmethod
+    def attach(cls, grid: Grid, max_payload_bytes: int) -> "ServerLink":
+        """The link of a ServerApp that `flwr run` has started: in its run, which Flower keeps alive and ends."""
+        return cls(0, {}, max_payload_bytes, acquired_task.of_grid(grid))
 
     @property
     def run(self) -> int:
@@ -86,7 +102,13 @@ class ServerLink:
         return self._run
 
     def begin(self, previous: int | None = None) -> int:
-        """End a run that an earlier process left, where one is named, and begin another; its number."""
+        """End a run that an earlier process left, where one is named, and begin another; its number.
+
+        Where this link is attached to a run of Flower's own: that one, if the SuperLink still knows it.
+        """
+        if self._acquired is not None:
+            self.nodes()
+            return self._run
         self._task_token = ""
         if previous is not None:
             try:
@@ -121,8 +143,15 @@ class ServerLink:
 
     def nodes(self) -> frozenset[int]:
         """The nodes that are connected."""
+        return frozenset(node.node_id for node in self._online())
+
+    def nodes_by_key(self) -> dict[bytes, int]:
+        """The same, by the public key that each logged in with (PEM)."""
+        return {node.public_key: node.node_id for node in self._online()}
+
+    def _online(self) -> Iterable[NodeInfo]:
         found = self._calls.call("/v1/runtime/get-nodes", runtime_pb2.GetNodesRequest(), runtime_pb2.GetNodesResponse)
-        return frozenset(node.node_id for node in found.nodes)
+        return found.nodes
 
     def send_all(self, requests: Iterable[tuple[int, Envelope]], ttl_s: float) -> Iterator[str | None]:
         """Put messages to nodes on their way, a few at a time: their ids, by which the answers are known, in order.
@@ -194,6 +223,8 @@ class ServerLink:
                     raise
                 self._closed.wait(min(RETRY_SECONDS, left))
                 continue
+            if self._acquired is not None and not found.messages_list:
+                self._closed.wait(min(EMPTY_SECONDS, left))
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 waiting.discard(head.metadata.reply_to_message_id)
                 yield self._reply(head, tree)
@@ -226,7 +257,9 @@ class ServerLink:
             )
 
     def end(self) -> None:
-        """Say that the run is over, and close."""
+        """Say that the run is over, where nobody else does, and close."""
+        if self._acquired is not None:
+            return self.close()
         request = runtime_pb2.PushTaskOutputRequest(sub_status="completed", details="")
         with contextlib.suppress(LinkError):
             self._calls.call("/v1/runtime/push-task-output", request, runtime_pb2.PushTaskOutputResponse, 5.0)

@@ -229,7 +229,11 @@ def people_of(config: RunConfig, rows: list[dict[str, str]]) -> dict[str, list[S
 
 @contextmanager
 def deployment(
-    folder: Path, config: RunConfig, rows: list[dict[str, str]] | None = None, num_runs: int = 1
+    folder: Path,
+    config: RunConfig,
+    rows: list[dict[str, str]] | None = None,
+    num_runs: int = 1,
+    timing: Mapping[str, float] = TIMING,
 ) -> Iterator[Deployment]:
     """All folders made, every device enrolled, its examples stored and the runs agreed to; nothing is started.
 
@@ -243,7 +247,7 @@ def deployment(
     served = configuration.parse_server_config(
         {
             "server": {"host": "127.0.0.1", "listen": "127.0.0.1", "port": made.port, "log_format": "json"},
-            "timing": TIMING,
+            "timing": dict(timing),
         }
     )
     manifest = planned(config, folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedmini import events
 from fedmini.conditions import Conditions
-from fedmini.device import Device
+from fedmini.device import Device, worker
 from fedmini.device.randomness import FROM_OS, Randomness
 from fedmini.flower import gate
 from tests.deployment import seeded
@@ -27,6 +27,7 @@ class AlwaysGood:
 
 def main(settings: dict) -> None:
     gate.end_with(os.getppid())
+    worker.LONGEST_WAIT_SECONDS = 2.0  # the servers of these tests come and go
     emit = events.to_stream(sys.stdout, "json", settings["name"])
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

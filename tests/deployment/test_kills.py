@@ -1,11 +1,13 @@
 """Whatever dies, the run goes on and ends with the very adapter of an uninterrupted one, and everything is paid for."""
 
+import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.deployment import chaos
-from tests.deployment.deployed import a_config, deployment
+from tests.deployment.deployed import TIMING, a_config, deployment
 
 
 @pytest.mark.timeout(6 * 3600)
@@ -27,3 +29,32 @@ def test_a_killed_server_gate_or_coordinator_changes_nothing_of_the_result(tmp_p
             chaos.check_paid_for(deployed)
             chaos.check_nothing_leaked(deployed)
             print(f"seed {seed}: killed the {killed} at {moment}")
+
+
+STAGES = ("ADVERTISE", "SHARE", "CONTRIBUTE", "AGREE", "UNMASK")
+
+
+@pytest.mark.timeout(900)
+def test_a_device_killed_at_any_stage_costs_the_round_nobody_else(tmp_path: Path) -> None:
+    """One of five dies at another stage of each round, and comes back; four are enough. A vector that came is in the sum."""
+    changes = {
+        "rounds": {"num_rounds": len(STAGES), "cohort_size": 5, "min_survivors": 4, "spare_attempts": 2},
+        "data": {"held_out_devices": 3},
+    }
+    stage_s = {key: 10.0 for key in TIMING if key not in ("poll_s", "wait_s")}
+    rows = chaos.marked_rows()
+    with deployment(tmp_path, a_config(tmp_path, changes=changes), rows, timing=TIMING | stage_s) as deployed:
+        first, *others = deployed.people
+        for name in others:
+            deployed.start_device(name)
+        server = deployed.start_server()
+        for stage in STAGES:
+            dying = deployed.start_device(first, die_at=stage)
+            assert dying.process.wait(120) == -signal.SIGKILL, (stage, dying.tail(), server.tail())
+        server.wait_for("run.finished")
+        assert server.process.wait(60) == 0, server.tail()
+        lines = [json.loads(line) for line in (deployed.run_folder / "metrics.jsonl").read_text().splitlines()][1:]
+        assert [line["num_sampled"] for line in lines] == [4, 4, 5, 5, 5]
+        assert [line["num_survivors"] for line in lines] == [4, 4, 4, 5, 5]
+        chaos.check_paid_for(deployed)
+        chaos.check_nothing_leaked(deployed)
