@@ -55,7 +55,7 @@ smoke: $(VENV)/.demo ## plan every simulation, and run the demo, cut down to abo
 
 smoke-deployment: $(VENV)/.demo ## a whole deployment with the real model and real chat: four devices, two rounds
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/python server/smoke_deployment.py "$$folder"
+	server/smoke_deployment.sh "$$folder" "$(BIN)"
 
 clean: ## remove the virtual environment and what tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
