@@ -70,7 +70,7 @@ def _text_line(at: datetime, source: str, event: str, fields: Mapping[str, Field
 
 def _shown(value: Field) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.6g}"
     text = str(value)
     return json.dumps(text) if not text.isprintable() or " " in text or not text else text
 

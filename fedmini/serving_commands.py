@@ -94,12 +94,14 @@ def _planned(folder: Path, run: Path | None) -> str:
 
 
 def _standing(found: dict[str, Any], *, is_running: bool) -> Iterator[str]:
+    from fedmini.privacy import accounting
+
     ago = max(0, round(time.time() - found["time"]))
     yield f"run          {found['run']}: {found['round']} of {counted(found['num_rounds'], 'round')} committed"
     said = found["phase"] if is_running or found["phase"] == "finished" else f"{found['phase']} when it ended"
     yield f"now          {said}, {ago} s ago; {counted(len(found['ready']), 'device')} ready"
     for unit, epsilon in found["epsilon"].items():
-        yield f"spent        {unit} epsilon {epsilon:.4g}"
+        yield f"spent        {unit} epsilon {accounting.rounded_up(epsilon)}"
     if found["eval_loss"] is not None:
         yield f"loss         {found['eval_loss']:.4f} nats a token, on the public file"
     for name, why in sorted(found["waiting_for"].items()):

@@ -30,7 +30,7 @@ def test_json_events_are_one_object_a_line() -> None:
 def test_text_events_are_one_line_each_and_show_no_control_characters() -> None:
     (line,) = lines("text", ("device.refused", {"device": "anna", "reason": "two\nlines \x1b[31m", "share": 0.123456}))
     assert line == (
-        '1970-01-01T00:00:00Z server: device.refused device=anna reason="two\\nlines \\u001b[31m" share=0.1235'
+        '1970-01-01T00:00:00Z server: device.refused device=anna reason="two\\nlines \\u001b[31m" share=0.123456'
     )
 
 

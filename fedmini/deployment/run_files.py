@@ -100,8 +100,8 @@ def _read_signed(folder: Path) -> SignedManifest:
         return trust_text.read_signed_manifest(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(
-            f"the run in {folder} is not signed yet: give {quoted(folder / 'manifest.json')} to the operator, who signs it with\n"
-            f"  fedmini operator sign-manifest OPERATOR manifest.json\nand put the answer at {quoted(path)}"
+            f"the run in {folder} is not signed yet: give {quoted(folder / 'manifest.json')} to the operator, who signs it with "
+            f"`fedmini operator sign-manifest OPERATOR manifest.json`, and put the answer at {quoted(path)}"
         ) from None
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error

@@ -18,6 +18,7 @@ from fedmini.errors import AttemptsError, CohortError, LinkError
 from fedmini.events import Emit
 from fedmini.flower.codec import Envelope
 from fedmini.flower.server_link import ServerLink
+from fedmini.privacy import accounting
 from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import Streams
 from fedmini.secagg.server_session import Refusal
@@ -170,7 +171,7 @@ class ServedRun:
             sampled=found.num_sampled,
             seconds=round(found.seconds, 3),
             late=self._exchange.num_late,
-            **{f"epsilon_{unit}": epsilon for unit, epsilon in found.epsilon.items()},
+            **{f"epsilon_{unit}": float(accounting.rounded_up(spent)) for unit, spent in found.epsilon.items()},
         )
         self._evaluate_if_due()
 

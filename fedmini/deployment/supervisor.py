@@ -78,9 +78,9 @@ class Supervisor:
         Raises ConfigError or StateError, before anything is started, where it can't begin.
         """
         path = self._folder.path
-        config = self._gate_config(insecure)
         run_files.open_run(self._folder.run_folder(run_name), self._folder.trust)  # what is wrong is said at once
         with _locked(path / STATE / LOCK):
+            config = self._gate_config(insecure)
             gate_child, local_port = self._start_gate(config)
             coordinator = _Child("coordinator", [*self._commands.coordinator, str(path), run_name, str(local_port)])
             self._start(coordinator)
@@ -93,12 +93,8 @@ class Supervisor:
     def _gate_config(self, insecure: bool) -> GateConfig:
         server, limits = self._folder.config.server, self._folder.config.limits
         tls = self._folder.tls
-        if insecure:
-            self._emit("server.insecure", warning="no TLS: on this machine only")
-        else:
-            ends = self._folder.check_certificate(datetime.now(UTC))
-            self._emit("server.certificate", valid_until=ends.isoformat(timespec="minutes"))
-        return GateConfig(
+        ends = None if insecure else self._folder.check_certificate(datetime.now(UTC))
+        config = GateConfig(
             host=server.listen,
             port=server.port,
             local_port=0,
@@ -109,6 +105,11 @@ class Supervisor:
             max_body_bytes=limits.max_body_bytes,
             max_connections=limits.max_connections,
         )
+        if ends is None:
+            self._emit("server.insecure", warning="no TLS: on this machine only")
+        else:
+            self._emit("server.certificate", valid_until=ends.isoformat(timespec="minutes"))
+        return config
 
     def _start_gate(self, config: GateConfig) -> tuple[_Child, int]:
         """Start the gate, and know its port on loopback; started again later, it has the same."""
