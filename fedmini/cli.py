@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import click
 import typer
 
-from fedmini import device_commands, operator_commands, server_commands, serving_commands
+from fedmini import device_commands, device_serving_commands, operator_commands, server_commands, serving_commands
 from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, FedMiniError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(operator_commands.operator, name="operator")
+device_serving_commands.add_to(device_commands.device)
 app.add_typer(device_commands.device, name="device")
 serving_commands.add_to(server_commands.server)
 app.add_typer(server_commands.server, name="server")

@@ -29,10 +29,9 @@ class OwnLedger:
     is_seeded: bool = False  # in a seeded simulation: an attempt may come again with the same bits
 
     def admit(self, manifest: Manifest, context: Context) -> None:
-        """Raise ProtocolError unless this attempt is a new one, later than all that this device has been part of."""
+        """Raise what `debit` would refuse this attempt with, before the run has spent anything on it."""
         with DeviceLedger.open(self.path) as ledger:
-            if not ledger.is_replay(self._release(manifest, context)):
-                ledger.check_new(context.run_id, context.round_num, context.attempt)
+            ledger.check(self._release(manifest, context), self.limits)
 
     def debit(self, manifest: Manifest, context: Context) -> None:
         """Write down what is about to be contributed. Raises a FedMiniError, with nothing spent, where it may not be."""

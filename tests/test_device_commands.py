@@ -362,7 +362,7 @@ def test_the_documents_table_of_device_toml_has_every_key_and_its_default() -> N
 
 COMMANDS = {
     "operator": ("init", "certify", "revoke", "rotate", "sign-manifest"),
-    "device": ("init", "enrol", "new-login", "accept", "withdraw", "status", "follow"),
+    "device": ("init", "enrol", "new-login", "accept", "withdraw", "status", "follow", "serve", "run", "add"),
 }
 
 

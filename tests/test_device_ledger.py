@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmini.errors import PrivacyBudgetError, ProtocolError, StateError
+from fedmini.errors import FedMiniError, PrivacyBudgetError, ProtocolError, StateError
 from fedmini.privacy import accounting, chain, device_ledger
 from fedmini.privacy.device_ledger import DeviceLedger, DeviceRelease, LifetimeLimits
 from fedmini.types import PrivacyEvent
@@ -408,3 +409,61 @@ def test_a_full_disk_refuses_the_debit_loses_nothing_and_recovers_with_space(pat
     assert ledger_faults.output_of(FILL_THE_DISK, path) == ["StateError 1"] * 3
     with DeviceLedger.open(path) as ledger:
         assert ledger.num_participations("run") == 2
+
+
+# What is asked before it is paid for.
+
+SMALL = LifetimeLimits(2.5 * gaussian(1), DELTA)
+
+
+@st.composite
+def wishes(draw) -> DeviceRelease:
+    """A release that a server could ask for, good or not."""
+    events = draw(st.sampled_from([(DEVICE,), (DEVICE,), (LOUD,), (EXAMPLE, DEVICE), (), (DEVICE, LOUD)]))
+    changes = {"events": events, "run_id": draw(st.sampled_from(["run", "another"])), "max_participations": 3}
+    return release(draw(st.integers(1, 9)), draw(st.integers(0, 1)), min_separation=2, **changes)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(wishes(), st.booleans()), max_size=8))
+def test_what_is_checked_is_exactly_what_would_be_debited(tmp_path_factory, wanted):
+    path = tmp_path_factory.mktemp("device") / "device.jsonl"
+    with DeviceLedger.open(path) as ledger:
+        for one, is_seeded in wanted:
+            asked = replace(one, is_seeded=is_seeded)
+            before = path.read_bytes()
+            found = refused_with(lambda asked=asked: ledger.check(asked, SMALL))
+            assert path.read_bytes() == before, "a check writes nothing"
+            assert found == refused_with(lambda asked=asked: ledger.debit(asked, SMALL))
+            assert (path.read_bytes() == before) or found is None
+
+
+def refused_with(action) -> tuple[type, str] | None:
+    try:
+        action()
+    except FedMiniError as error:
+        return type(error), str(error)
+    return None
+
+
+def test_threads_of_one_process_take_turns(path):
+    """One shows what was spent while another is about to contribute: neither refuses the other."""
+    opened, failed = threading.Barrier(4), []
+
+    def debit(run_id: str) -> None:
+        try:
+            opened.wait(20)
+            for round_num in range(1, 6):
+                with DeviceLedger.open(path) as ledger:
+                    ledger.debit(release(round_num, run_id=run_id), LifetimeLimits(math.inf, DELTA))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=debit, args=(f"run-{index}",)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failed == []
+    with DeviceLedger.open(path) as ledger:
+        assert len(ledger.releases()) == 20

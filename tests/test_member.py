@@ -21,7 +21,7 @@ DEVICES = ("anna", "ben", "carl")
 TEMPLATE = (("w", (3, 2)),)
 
 
-def a_manifest(max_participations: int = 3) -> Manifest:
+def a_manifest(max_participations: int = 3, min_separation: int = 1) -> Manifest:
     """Six coordinates and four metrics, three devices a round, shared noise for each device's whole update."""
     parsed = config.parse_run_config(
         {
@@ -29,7 +29,12 @@ def a_manifest(max_participations: int = 3) -> Manifest:
             "base": {"name": "smollm2-135m-q4"},
             "data": {"source": "x.jsonl", "held_out_devices": 1},
             "local": {"sampling_rate": 0.5, "expected_batch_size": 4.0},
-            "rounds": {"num_rounds": 9, "cohort_size": 3, "max_participations": max_participations},
+            "rounds": {
+                "num_rounds": 9,
+                "cohort_size": 3,
+                "max_participations": max_participations,
+                "min_separation": min_separation,
+            },
             "privacy": {
                 "device": {"noise": "shared", "clip_norm": 1.0, "noise_multiplier": 2.0, "target_delta": 1e-5},
             },
@@ -137,17 +142,42 @@ def test_a_device_stops_by_itself_where_its_manifest_says_so(tmp_path: Path) -> 
     phones = Phones(tmp_path, a_manifest(max_participations=2))
     phones.round(1)
     phones.round(2)
-    with pytest.raises(CohortError, match="0 devices sent their vectors"):
+    with pytest.raises(CohortError, match="0 devices sent their keys, 3 are needed; nothing was spent"):
         phones.round(3)
     assert all("at most 2 contributions" in str(error) for error in phones.failures.values())
     assert len(phones.tasks) == 6
+
+
+def test_a_round_that_comes_too_soon_is_refused_before_any_key_is_sent(tmp_path: Path) -> None:
+    phones = Phones(tmp_path, a_manifest(min_separation=3))
+    phones.round(1)
+    with pytest.raises(CohortError, match="0 devices sent their keys, 3 are needed; nothing was spent"):
+        phones.round(3)
+    assert all("3 rounds or more since round 1, got round 3" in str(error) for error in phones.failures.values())
+    assert phones.round(4).num_devices == 3
+
+
+class OnlyAtTheDebit(OwnLedger):
+    """The first of the two checks removed."""
+
+    def admit(self, manifest, context) -> None: ...
+
+
+def test_twin_without_the_check_at_the_invitation_the_debit_still_refuses(tmp_path: Path) -> None:
+    phones = Phones(tmp_path, a_manifest(min_separation=3))
+    for device, member in phones.members.items():
+        member._ledger = OnlyAtTheDebit(tmp_path / f"{device}.jsonl", LifetimeLimits(100.0, 1e-5))
+    phones.round(1)
+    with pytest.raises(CohortError, match="0 devices sent their vectors, 3 are needed; what was debited stays spent"):
+        phones.round(3)
+    assert len(phones.tasks) == 3
 
 
 def test_a_device_stops_before_its_lifetime_epsilon_is_passed(tmp_path: Path) -> None:
     """At multiplier 2 and delta 1e-5 a participation costs epsilon 2.0, and two of them cost 2.9."""
     phones = Phones(tmp_path, a_manifest(), lifetime_epsilon=2.5)
     phones.round(1)
-    with pytest.raises(CohortError, match="0 devices sent their vectors"):
+    with pytest.raises(CohortError, match="0 devices sent their keys, 3 are needed; nothing was spent"):
         phones.round(2)
     assert all(isinstance(error, PrivacyBudgetError) for error in phones.failures.values())
     assert len(phones.tasks) == 3

@@ -7,8 +7,7 @@ and the files of `fedmini.enrolment`: its keys, whom it believes, what it agreed
 """
 
 from fedmini.device.embedded import Device
-from fedmini.device.membership import OfferedRun
 from fedmini.device.receipts import DeviceReceipt
-from fedmini.device.standing import DeviceStatus, RunStatus
+from fedmini.device.standing import DeviceStatus, OfferedRun, RunStatus
 
 __all__ = ["Device", "DeviceReceipt", "DeviceStatus", "OfferedRun", "RunStatus"]

@@ -1,43 +1,45 @@
 """Device: what an app embeds. A person's examples stay in it; it takes part in runs that its owner agreed to."""
 
-import ssl
+import fcntl
+import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from fedmini import config as configuration
 from fedmini import operator_keys
 from fedmini.conditions import DailyUsage, DeviceConditions, LinuxConditions, Policy
 from fedmini.conditions.policy import local_time
-from fedmini.config import DeviceConfig
-from fedmini.device import kept_adapter, participation
+from fedmini.config import ConditionsSection, DeviceConfig
+from fedmini.device import kept_adapter, participation, settings
+from fedmini.device.diary import About, Diary
+from fedmini.device.examples import Examples
 from fedmini.device.interruption import Interruption
-from fedmini.device.loaded_base import LoadedBase
+from fedmini.device.loaded_base import LoadedBase, Messages
 from fedmini.device.membership import Membership
+from fedmini.device.participation import RECEIPTS, Means
 from fedmini.device.randomness import FROM_OS, Randomness
 from fedmini.device.receipts import DeviceReceipt, Receipts
-from fedmini.device.standing import DeviceStatus, RunStatus
+from fedmini.device.standing import DeviceStatus
 from fedmini.device.worker import Worker, WorkerParts
 from fedmini.enrolment import records
-from fedmini.errors import ConfigError
+from fedmini.errors import ConfigError, FedMiniError, StateError
 from fedmini.events import Emit, nowhere
-from fedmini.flower.fleet import tls_context
-from fedmini.flower.gate import is_loopback
-from fedmini.phrases import quoted
-from fedmini.store import ExampleStore, StoredExample, os_keyring
+from fedmini.store import StoredExample, os_keyring
 from fedmini.store.key_places import FindKeyring
+from fedmini.types import Adapter, Manifest
 
-RECEIPTS, USAGE = "receipts.jsonl", "usage.json"
+USAGE, LOCK = "usage.json", "device.lock"
 
 
 class Device:
-    """A device: its folder, its examples, and a background thread that takes part in runs.
+    """A device: its folder, its examples, and background threads that take part in runs.
 
-    One process opens a folder at a time. Methods may be called from any thread. Only our own errors come out of them
-    (FedMiniError), and nothing that goes wrong in the background ends, signals or blocks the process. `close` it, or use
-    it as a context manager.
+    One `Device` opens a folder at a time. Methods may be called from any thread, an app's log and conditions included.
+    Only our own errors come out of them (FedMiniError), and nothing that goes wrong in the background ends, signals or
+    blocks the process. `close` it, or use it as a context manager: every method raises StateError afterwards.
     """
 
     def __init__(
@@ -58,35 +60,33 @@ class Device:
         against, such as its tls/ca.crt; without it the system's authorities are. Both, and all limits, may stand in
         the folder's device.toml instead; `config` replaces that file. `conditions`: what the device knows about itself,
         where Linux's own files don't say it. `find_keyring`: where the key of the examples is kept.
-        Raises ConfigError, or StateError where the folder is in use or damaged.
+        Raises ConfigError, or StateError where the folder is in use or damaged. Where only the examples can't be read,
+        it opens: `status` says why, and `forget` begins anew without them.
         """
         self.folder = Path(folder).expanduser()
-        if not self.folder.exists():
-            operator_keys.create_device(self.folder)
-        self._config = _config_of(self.folder, config)
-        self._server = server or self._config.device.server
-        if self._server is not None:
-            _check_server(self._server)
-        self._server_key = server_key if server_key is not None else self._config.device.server_key
-        self._emit, self._randomness = emit, randomness
         self._lock = threading.RLock()
-        self._usage = DailyUsage(self.folder / USAGE, local_time)
-        self._policy = Policy(
-            self._config.conditions,
-            conditions if conditions is not None else LinuxConditions(),
-            self._usage,
-            local_time,
-        )
-        self._store = ExampleStore.open(self.folder / "examples", self._config.store, find_keyring=find_keyring)
-        try:
+        self._held = ExitStack()
+        with ExitStack() as held:
+            config = settings.device_config(self.folder, config)
+            self._server = settings.server_of(server, server_key, config)
+            if not self.folder.exists():
+                operator_keys.create_device(self.folder)
+            _lock_folder(self.folder, held)
+            self._diary = Diary(emit)
+            self._usage = DailyUsage(self.folder / USAGE, local_time)
+            self._conditions = conditions if conditions is not None else LinuxConditions()
+            self._config, self._randomness = config, randomness
+            self._examples = Examples(self.folder / "examples", config.store, find_keyring)
+            held.callback(self._examples.close)
             self._base = LoadedBase(
-                self._config.base, self._config.training, lambda note: emit("device.note", note=note)
+                config.base, config.training, lambda note: self._diary.tell("device.note", note=note)
             )
-            self._membership = Membership(self.folder, self._config, self._store, self._base)
-        except BaseException:
-            self._store.close()
-            raise
+            self._membership = Membership(self.folder, config, self._examples)
+            held.callback(self._membership.close)
+            self._held = held.pop_all()
         self._worker: Worker | None = None
+        self._why_idle = "it was not started"
+        self._is_open = True
 
     def __repr__(self) -> str:
         return f"Device({str(self.folder)!r})"
@@ -99,15 +99,21 @@ class Device:
 
     def add_example(self, response: str, prompt: str | None = None) -> None:
         """Keep an example: what was answered, and to what. It stays here. The oldest go where the caps are reached."""
-        self._store.add(response, prompt)
+        self.add_examples([(prompt, response)])
 
     def add_examples(self, examples: Iterable[tuple[str | None, str]]) -> int:
         """Keep several, (prompt, response) each, all or none; how many."""
-        return self._store.add_many([StoredExample(response, prompt) for prompt, response in examples])
+        self._check_open()
+        try:
+            stored = [StoredExample(response, prompt) for prompt, response in examples]
+        except (TypeError, ValueError):  # its text would quote what was given
+            raise ConfigError("expected examples as pairs: the prompt, or None, and the response") from None
+        return self._examples.add_many(stored)
 
     @property
     def public_keys(self) -> bytes:
         """What to give an operator, who enrols this device with it: the folder's device.pub."""
+        self._check_open()
         return operator_keys.read_file(self.folder / records.PUBLIC_KEYS)
 
     def enrol(self, certificate: bytes, operator_key: bytes) -> None:
@@ -115,40 +121,37 @@ class Device:
 
         The same again is fine. Raises ProtocolError where they don't belong together, or to this device.
         """
-        with self._lock:
-            was_running = self._stop()
-            self._membership.enrol(certificate, operator_key)
-            if was_running:
-                self.start()
+        self._while_stopped([partial(self._membership.enrol, certificate, operator_key)])
 
     def start(self) -> None:
         """Begin to take part, in the background. Called twice, it goes on. Raises ConfigError where no server is named."""
         with self._lock:
+            self._check_open()
             if self._worker is not None and self._worker.is_running:
                 return
             if self._server is None:
                 raise ConfigError(
-                    f'which server? name it as Device(..., server="https://HOST:PORT"), or in {self.folder / "device.toml"} '
+                    f'which server? name it as Device(..., server="https://HOST:PORT"), or in {self.folder / records.CONFIG} '
                     "as server under [device]"
                 )
-            interruption = Interruption(self._config.training)
-            parts = WorkerParts(
-                self._membership,
-                self._policy,
-                self._usage,
-                interruption,
-                self._randomness,
-                self._server,
-                self._tls,
-                self._emit,
+            self._server.tls()  # a certificate that can't be read is said now
+            means = Means(self._base, self._randomness, Interruption(self._config.training), self._usage)
+            limits = self._config.conditions
+            during = limits.model_copy(update={"max_contributions_per_day": None})  # the last one is brought to its end
+            self._worker = Worker(
+                WorkerParts(
+                    self._membership, means, self._policy(limits), self._policy(during), self._server, self._diary
+                )
             )
-            self._tls()  # a certificate that can't be read is said now
-            self._worker = Worker(parts)
             self._worker.start()
+
+    def _policy(self, limits: ConditionsSection) -> Policy:
+        return Policy(limits, self._conditions, self._usage, local_time)
 
     def stop(self) -> None:
         """End taking part: training stops within a second, and the round goes on without this device."""
         with self._lock:
+            self._check_open()
             self._stop()
 
     def _stop(self) -> bool:
@@ -157,47 +160,47 @@ class Device:
             return False
         was_running = worker.is_running
         worker.stop()
+        self._why_idle = "it was stopped"
         return was_running
 
     def close(self) -> None:
         """Stop, and let go of the folder. Closing twice is fine."""
         with self._lock:
+            self._is_open = False
+            self._base.forget()
             self._stop()
-            self._membership.close()
-            self._store.close()
+            self._held.close()
 
     def status(self) -> DeviceStatus:
         """How this device stands: what it spent, and why it is not training right now."""
-        own, worker = self._membership.enrolment, self._worker
-        newest = kept_adapter.newest(self.folder)
-        runs: tuple[RunStatus, ...] = ()
-        rounds_joined = 0
-        if own is not None:
-            with own.ledger() as ledger:
-                rounds_joined = len(ledger.releases())
-                runs = tuple(
-                    RunStatus(one.run_id, name, ledger.num_participations(one.run_id), one.release.max_releases)
-                    for name, one in own.manifests.items()
-                )
+        self._check_open()
+        own, worker, kept = self._membership.enrolment, self._worker, kept_adapter.newest(self.folder)
+        is_running = worker is not None and worker.is_running
+        num_examples, key_kept_in = self._examples.standing()
+        rounds_joined, epsilon_spent = participation.spent(own) if own is not None else (0, {})
+        runs = self._membership.runs()
         return DeviceStatus(
             name=own.identity.certificate.device_id if own is not None else None,
-            is_running=worker is not None and worker.is_running,
+            is_running=is_running,
             is_connected=worker is not None and worker.is_connected,
-            why_not_training=worker.why_not if worker is not None else "it was not started",
-            problem=worker.problem if worker is not None else None,
-            num_examples=self._store.num_examples,
-            key_kept_in=self._store.key_kept_in,
+            why_not_training=self._diary.why if is_running else self._why_idle,
+            problem=self._examples.problem or self._diary.problem,
+            num_examples=num_examples,
+            key_kept_in=key_kept_in,
             runs=runs,
             offers=self._membership.offers(),
             rounds_joined=rounds_joined,
-            epsilon_spent=participation.spent(own) if own is not None else {},
+            epsilon_spent=epsilon_spent,
             lifetime_epsilon=self._config.device.lifetime_epsilon,
             lifetime_delta=self._config.device.lifetime_delta,
-            last_adapter=(newest.run_id, newest.round_num) if newest is not None else None,
+            last_adapter=(kept.run_id, kept.round_num)
+            if kept is not None and kept.manifest_hash in {run.manifest_hash for run in runs}
+            else None,
         )
 
     def receipts(self) -> tuple[DeviceReceipt, ...]:
         """What left this device: when, how many bytes, their hash, and the epsilon after it. The oldest first."""
+        self._check_open()
         return Receipts(self.folder / RECEIPTS).read()
 
     def consent(self, manifest_hash: str) -> None:
@@ -205,72 +208,90 @@ class Device:
 
         Raises ConfigError for one that was never offered; the operator's signature and this device's limits are checked.
         """
+        self._check_open()
         self._membership.consent(manifest_hash)
-        if self._worker is not None:
-            self._worker.reconnect()
+        if (worker := self._worker) is not None:
+            worker.ask_again()
 
     def withdraw(self, manifest_hash: str) -> None:
         """Leave a run, for good; what was spent in it stays spent."""
+        self._check_open()
         self._membership.withdraw(manifest_hash)
+        if (worker := self._worker) is not None:
+            worker.leave("its owner has left the run")
 
     def reply(self, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> str:
         """The model's reply to a prompt, or to a conversation of {"role", "content"}, with the newest adapter; all here."""
         return "".join(self.reply_in_pieces(prompt, max_new_tokens))
 
     def reply_in_pieces(self, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> Iterator[str]:
-        """The same, as it is made."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        """The same, as it is made. It ends with StateError where `forget` or `close` comes before its end."""
+        self._check_open()
+        messages = _conversation(prompt, max_new_tokens)
+        return self._base.reply(self._adapter(), messages, max_new_tokens)
+
+    def _adapter(self) -> tuple[Manifest, Adapter] | None:
+        """The newest adapter of a run that this device is in, and that run."""
         own, kept = self._membership.enrolment, kept_adapter.newest(self.folder)
         manifest = own.manifests.get(kept.manifest_hash) if own is not None and kept is not None else None
-        adapter = kept_adapter.load(self.folder, kept, manifest) if kept is not None and manifest is not None else None
-        yield from self._base.reply(manifest, adapter, messages, max_new_tokens)
+        adapter = kept_adapter.load(self.folder, manifest) if manifest is not None else None
+        return (manifest, adapter) if manifest is not None and adapter is not None else None
 
     def forget(self) -> None:
         """Erase every example, adapter and cache here. The enrolment, receipts and counters of what was spent stay.
 
-        What has left this device is in sums of many, and can't be taken back.
+        What has left this device is in sums of many, and can't be taken back. All of it that can be erased is; raises
+        StateError where something could not be.
         """
+        forget_adapters = partial(kept_adapter.forget, self.folder)
+        self._while_stopped([self._membership.forget, self._examples.erase, forget_adapters, self._base.forget])
+        self._diary.went_well(About.ROUND)
+
+    def _while_stopped(self, steps: Sequence[Callable[[], None]]) -> None:
+        """Every step, then go on as before. Raises the first failure, once all were tried."""
         with self._lock:
+            self._check_open()
             was_running = self._stop()
-            self._membership.forget()
-            self._store.erase()
-            kept_adapter.forget(self.folder)
-            self._base.forget()
+            failures: list[FedMiniError] = []
+            for step in steps:
+                try:
+                    step()
+                except FedMiniError as error:
+                    failures.append(error)
             if was_running:
                 self.start()
+            if failures:
+                raise failures[0]
 
-    def _tls(self) -> ssl.SSLContext | None:
-        assert self._server is not None
-        if self._server.startswith("http://"):
-            return None
-        return tls_context(_key_content(self._server_key))
-
-
-def _config_of(folder: Path, given: DeviceConfig | Mapping[str, Any] | None) -> DeviceConfig:
-    if isinstance(given, DeviceConfig):
-        return given
-    if given is not None:
-        return configuration.parse_device_config(given, "Device(config=...)")
-    path = folder / records.CONFIG
-    return configuration.load_device_config(path) if path.exists() else DeviceConfig()
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise StateError(f"the device {self.folder} was closed: open it again")
 
 
-def _check_server(server: str) -> None:
-    """Raise ConfigError for what is no server's address, and for one without TLS that is not on this machine."""
-    configuration.parse_device_config({"device": {"server": server}}, "Device(server=...)")
-    host = urlsplit(server).hostname or ""
-    if server.startswith("http://") and not is_loopback(host):
-        raise ConfigError(f"server: {server} has no TLS, and {host} is not this machine: expected https://HOST:PORT")
-
-
-def _key_content(server_key: Path | str | None) -> bytes | None:
-    """PEM as it is, or the content of a file of it."""
-    if server_key is None:
-        return None
-    if isinstance(server_key, str) and "-----BEGIN CERTIFICATE-----" in server_key:
-        return server_key.encode("utf-8", "replace")
-    path = Path(server_key).expanduser()
+def _lock_folder(folder: Path, held: ExitStack) -> None:
+    """Keep every other Device out of the folder. Raises ConfigError for what is no device's, StateError where one is in."""
+    if not (folder / records.PUBLIC_KEYS).exists() and not records.is_enrolled(folder):
+        raise ConfigError(f"{folder} is there already, and no device's folder: choose one that is not there yet")
     try:
-        return path.read_bytes()
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        held.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StateError(
+            f"{folder} is open in another Device: close that one, or wait until its process ends"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"server_key: can't read {quoted(path)}: {error.strerror}") from error
+        raise StateError(f"can't lock {folder}: {error.strerror}; let the user who runs this own the folder") from error
+
+
+def _conversation(prompt: object, max_new_tokens: object) -> Messages:
+    """The messages of a prompt or a conversation. Raises ConfigError, which never holds what they say."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ConfigError("max_new_tokens: expected a whole number of at least 1")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not messages or isinstance(messages, bytes):
+        raise ConfigError('expected a prompt, or a conversation of {"role": ..., "content": ...}')
+    for one in messages:
+        if not isinstance(one, Mapping) or not all(isinstance(one.get(key), str) for key in ("role", "content")):
+            raise ConfigError('expected a conversation of {"role": ..., "content": ...}, both of them text')
+    return list(messages)

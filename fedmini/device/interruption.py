@@ -40,6 +40,11 @@ class Interruption:
         """Training may go on."""
         self._stopped.clear()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing may go on, until `allow`."""
+        return self._stopped.is_set()
+
     def check(self) -> None:
         """Raise ConditionsError where training has to stop now."""
         if self._stopped.is_set():

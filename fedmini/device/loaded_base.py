@@ -1,15 +1,19 @@
 """The base model in memory, once for as long as the device runs: for training, and for talking."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedmini.config import BaseSection, TrainingSection
 from fedmini.data import Encoder
+from fedmini.errors import ConfigError, FedMiniError, StateError
 from fedmini.model import generation, loading, runtime
 from fedmini.model.lora import LoraModel
 from fedmini.types import Adapter, Manifest
 
 TOP_P = 0.9
+
+Messages = Sequence[Mapping[str, str]]
 
 
 class LoadedBase:
@@ -19,9 +23,10 @@ class LoadedBase:
         self._source, self._training, self._note = source, training, note
         self.physical_batch_size = training.physical_batch_size
         self._base: loading.Base | None = None
-        self._talker: tuple[str, LoraModel] | None = None
+        self._talker: _Talker | None = None
+        self._num_forgotten = 0
         self._loading = threading.Lock()
-        self._talking = threading.Lock()
+        self._talking = threading.Lock()  # for one piece of a reply at a time: nobody is waited for who stops listening
 
     def model(self, manifest: Manifest) -> LoraModel:
         """A model of a run's shape on the base. Raises ConfigError where there is no such base here."""
@@ -34,25 +39,49 @@ class LoadedBase:
         tokenizer = self._loaded().tokenizer
         return Encoder(tokenizer, "chat" if tokenizer.chat_template else "text", max_length)
 
-    def reply(
-        self, manifest: Manifest | None, adapter: Adapter | None, messages: Sequence[Mapping[str, str]], most: int
+    def reply(self, spoken: tuple[Manifest, Adapter] | None, messages: Messages, most: int) -> Iterator[str]:
+        """The reply to a conversation, in pieces: with a run's adapter, or by the base alone.
+
+        Raises ConfigError where the base can't reply to this, StateError where `forget` was called since this was.
+        """
+        return self._pieces(spoken, messages, most, self._num_forgotten)
+
+    def _pieces(
+        self, spoken: tuple[Manifest, Adapter] | None, messages: Messages, most: int, began: int
     ) -> Iterator[str]:
-        """The reply to a conversation, in pieces: with an adapter of a run's, or by the base alone. One at a time."""
-        with self._talking:
-            base = self._loaded()
-            if manifest is None or adapter is None:
-                yield from generation.reply(base.module, base.tokenizer, messages, _sampling(most))
+        pieces: Iterator[str] | None = None
+        while True:
+            with self._talking:
+                self._check_not_forgotten(began)
+                talker = self._talker_for(spoken[0] if spoken is not None else None)
+                try:
+                    talker.use(spoken[1] if spoken is not None else None)
+                    pieces = pieces or talker.reply(messages, most)
+                    piece = next(pieces, None)
+                except FedMiniError:
+                    raise
+                except Exception as error:  # a chat template is its author's program, and what it says may quote
+                    raise ConfigError(f"this base can't reply to that conversation ({type(error).__name__})") from None
+                self._check_not_forgotten(began)
+            if piece is None:
                 return
-            if self._talker is None or self._talker[0] != manifest.hash:
-                self._talker = (manifest.hash, LoraModel(base, manifest.lora))
-            model = self._talker[1]
-            model.set_adapter(adapter)
-            yield from model.reply(messages, _sampling(most))
+            yield piece
 
     def forget(self) -> None:
-        """Let go of what was made of an adapter."""
-        with self._talking:
+        """Let go of what was made of an adapter; replies that are being made end. It waits for none of them."""
+        self._num_forgotten += 1
+        self._talker = None
+
+    def _check_not_forgotten(self, began: int) -> None:
+        if self._num_forgotten != began:
             self._talker = None
+            raise StateError("this reply has ended: the device was closed, or what it talked with was erased")
+
+    def _talker_for(self, manifest: Manifest | None) -> "_Talker":
+        name = manifest.hash if manifest is not None else None
+        if self._talker is None or self._talker.name != name:
+            self._talker = _Talker(self._loaded(), manifest)
+        return self._talker
 
     def _loaded(self) -> loading.Base:
         with self._loading:
@@ -62,5 +91,26 @@ class LoadedBase:
             return self._base
 
 
-def _sampling(max_new_tokens: int) -> generation.Sampling:
-    return generation.Sampling(max_new_tokens, temperature=0.7, top_p=TOP_P, hold_dense=True)
+class _Talker:
+    """What speaks: the base alone, or with LoRA. The modules are its own, as a reply changes them; the weights are shared."""
+
+    def __init__(self, base: loading.Base, manifest: Manifest | None) -> None:
+        self.name = manifest.hash if manifest is not None else None
+        self._base = base
+        self._adapter: Adapter | None = None
+        self._model = LoraModel(base, manifest.lora) if manifest is not None else None
+        shared = {id(tensor): tensor for tensor in (*base.module.parameters(), *base.module.buffers())}
+        self._bare = copy.deepcopy(base.module, shared) if manifest is None else None
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Speak with this adapter from now on."""
+        if self._model is not None and adapter is not None and self._adapter is not adapter:
+            self._model.set_adapter(adapter)
+            self._adapter = adapter
+
+    def reply(self, messages: Messages, most: int) -> Iterator[str]:
+        sampling = generation.Sampling(most, temperature=0.7, top_p=TOP_P, hold_dense=True)
+        if self._model is not None:
+            return self._model.reply(messages, sampling)
+        assert self._bare is not None
+        return generation.reply(self._bare, self._base.tokenizer, messages, sampling)

@@ -2,36 +2,27 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from fedmini import enrolment, files
-from fedmini.conditions import DailyUsage
 from fedmini.config import DeviceConfig
+from fedmini.data import Example
 from fedmini.device import participation
-from fedmini.device.interruption import Interruption
-from fedmini.device.loaded_base import LoadedBase
-from fedmini.device.participation import Participation
-from fedmini.device.randomness import Randomness
+from fedmini.device.examples import Examples
+from fedmini.device.participation import Means, Participation
+from fedmini.device.standing import OfferedRun, RunStatus
 from fedmini.enrolment import Enrolment, bargain, records
-from fedmini.errors import ConfigError, ProtocolError, StateError, UpdateError
+from fedmini.errors import ConditionsError, ConfigError, ProtocolError, StateError, UpdateError
 from fedmini.offer import Offer
-from fedmini.secagg import trust_text
+from fedmini.secagg import signing_keys, trust_text
 from fedmini.secagg.signed_manifest import SignedManifest
-from fedmini.store import ExampleStore
+from fedmini.store import StoredExample
+from fedmini.types import EncodedExample, Manifest
 
 OFFERS = "offers"
 MAX_OFFERS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class OfferedRun:
-    """A run that a server offered and nobody has agreed to yet."""
-
-    run_id: str
-    manifest_hash: str
-    terms: tuple[str, ...]  # what it may cost this device, in lines, every number by its own accountant
+NO_EXAMPLE = "this device has no example to train on yet: add some"
 
 
 class Membership:
@@ -40,8 +31,8 @@ class Membership:
     Safe from several threads; only the worker's asks for a `Participation`.
     """
 
-    def __init__(self, folder: Path, config: DeviceConfig, store: ExampleStore, base: LoadedBase) -> None:
-        self._folder, self._config, self._store, self._base = folder, config, store, base
+    def __init__(self, folder: Path, config: DeviceConfig, examples: Examples) -> None:
+        self._folder, self._config, self._examples = folder, config, examples
         self._lock = threading.RLock()
         self._opened = ExitStack()
         self._enrolment: Enrolment | None = None
@@ -64,17 +55,17 @@ class Membership:
         return self._enrolment
 
     def enrol(self, certificate: bytes, operator_key: bytes) -> None:
-        """Take the operator's certificate. Raises a FedMiniError as `fedmini device enrol` does."""
-        from fedmini.secagg import signing_keys
-
+        """Take the operator's certificate. Raises a FedMiniError as `fedmini device enrol` does; nothing has changed then."""
         try:
             found, key = trust_text.read_certificate(certificate), signing_keys.read_public(operator_key)
         except UpdateError as error:
             raise ConfigError(str(error)) from None
         with self._lock:
             self.close()
-            enrolment.enrol(self._folder, found, key)
-            self._open()
+            try:
+                enrolment.enrol(self._folder, found, key)
+            finally:
+                self._open()
 
     def _open(self) -> None:
         if records.is_enrolled(self._folder):
@@ -113,6 +104,29 @@ class Membership:
             self._keep_offer(offer.signed)
             return "consent"
 
+    def why_barred(self) -> str | None:
+        """Why this device can't take part in anything; None where it is enrolled, and not revoked."""
+        with self._lock:
+            own = self._enrolment
+            if own is None:
+                return "it is not enrolled: give its device.pub to an operator"
+            newest = own.trust.revocations
+            if newest is not None and own.identity.certificate.device_key in newest.device_keys:
+                return "its operator has revoked it, for good: to take part again, make another folder and be enrolled anew"
+            return None
+
+    def runs(self) -> tuple[RunStatus, ...]:
+        """The runs that this device agreed to."""
+        with self._lock:
+            own = self._enrolment
+            if own is None:
+                return ()
+            with own.ledger() as ledger:
+                return tuple(
+                    RunStatus(one.run_id, name, ledger.num_participations(one.run_id), one.release.max_releases)
+                    for name, one in own.manifests.items()
+                )
+
     def offers(self) -> tuple[OfferedRun, ...]:
         """The runs that wait for consent."""
         with self._lock:
@@ -144,28 +158,51 @@ class Membership:
             own.withdraw(manifest_hash)
             if manifest_hash in self._ready:
                 self._ready.pop(manifest_hash).close()
-            self._store.thaw(run_id)
+            self._examples.thaw(run_id)
 
-    def ready(
-        self, manifest_hash: str, randomness: Randomness, interruption: Interruption, usage: DailyUsage
-    ) -> Participation:
+    def ready(self, manifest_hash: str, means: Means) -> Participation:
         """The run, ready to answer for: its examples are frozen at the first time, and its model is loaded.
 
-        Raises a FedMiniError where this device never agreed to it, or can't take part.
+        Raises a FedMiniError where this device never agreed to it, or can't take part: ConditionsError where it has no
+        example that can be trained on.
         """
         with self._lock:
             own = self.enrolled()
             manifest = own.manifest(manifest_hash)
             if manifest_hash in self._ready:
                 return self._ready[manifest_hash]
-            most = participation.max_examples(manifest, self._config.training.max_examples)
-        examples = self._store.freeze(manifest.run_id, most)
-        ready = Participation(own, manifest, examples, self._base, randomness, interruption, usage)
-        with self._lock:
-            for other in self._ready.values():  # one model in memory
+            for other in self._ready.values():
                 other.close()
+            self._ready = {}  # one model in memory
+
+        def read_examples() -> tuple[EncodedExample, ...]:
+            return self._frozen(own, manifest, means)
+
+        read_examples()
+        ready = Participation(own, manifest, read_examples, means)
+        with self._lock:
+            own.manifest(manifest_hash)  # its owner may have left it meanwhile
             self._ready = {manifest_hash: ready}
         return ready
+
+    def _frozen(self, own: Enrolment, manifest: Manifest, means: Means) -> tuple[EncodedExample, ...]:
+        """What is left of the run's frozen examples, as tokens.
+
+        A set that began empty would stay so. So none is frozen before one of it can be trained on, and one of which
+        nothing can be, and nothing ever left, is let go.
+        """
+        encoder = means.base.encoder(manifest.local.max_length)
+        most = participation.max_examples(manifest, self._config.training.max_examples)
+        if all(encoder.encode(_plain(one)) is None for one in reversed(self._examples.newest(most))):
+            raise ConditionsError(NO_EXAMPLE)
+        encoded = encoder.encode_all([_plain(one) for one in self._examples.freeze(manifest.run_id, most)])
+        if encoded:
+            return encoded
+        with own.ledger() as ledger:
+            is_new = ledger.num_participations(manifest.run_id) == 0
+        if is_new:
+            self._examples.thaw(manifest.run_id)
+        raise ConditionsError(NO_EXAMPLE)
 
     def forget(self) -> None:
         """Let go of everything that was made of the examples."""
@@ -189,11 +226,16 @@ class Membership:
 
     def _forget_offer(self, name: str) -> None:
         self._offers.pop(name, None)
-        (self._folder / OFFERS / f"{name}.json").unlink(missing_ok=True)
+        with suppress(OSError):  # it stays, and is offered once more at the next start
+            (self._folder / OFFERS / f"{name}.json").unlink(missing_ok=True)
 
     def _read_offers(self, own: Enrolment) -> dict[str, SignedManifest]:
         """The offers that still could be agreed to; a damaged one comes again from the server."""
         return _checked(own.check, sorted((self._folder / OFFERS).glob("*.json")))
+
+
+def _plain(stored: StoredExample) -> Example:
+    return Example(stored.prompt, stored.response)
 
 
 def _checked(check: Callable[[SignedManifest], None], paths: Sequence[Path]) -> dict[str, SignedManifest]:

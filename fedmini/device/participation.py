@@ -2,59 +2,57 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from fedmini import vectors
 from fedmini.conditions import DailyUsage
 from fedmini.contributor import Contributor
-from fedmini.data import Example
 from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase
 from fedmini.device.randomness import Randomness
 from fedmini.device.receipts import DeviceReceipt, Receipts
 from fedmini.enrolment import Enrolment
-from fedmini.errors import ConditionsError, ProtocolError
+from fedmini.errors import ProtocolError
 from fedmini.privacy import accounting
-from fedmini.store import StoredExample
-from fedmini.types import Contribution, Manifest, TrainTask
+from fedmini.secagg import wire
+from fedmini.types import Contribution, EncodedExample, Manifest, TrainTask
+
+RECEIPTS = "receipts.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What every run of a device trains with."""
+
+    base: LoadedBase
+    randomness: Randomness
+    interruption: Interruption
+    usage: DailyUsage
 
 
 class Participation:
     """One run, ready: the model is loaded, and stays so between messages.
 
-    Raises ModelMismatchError where this device's base is not the run's, ConditionsError where it has no example that
-    can be trained on.
+    `read_examples` gives the run's frozen examples, as far as they are still there: it is asked anew for each round, as
+    one may have expired. Raises ModelMismatchError where this device's base is not the run's.
     """
 
     def __init__(
         self,
         enrolment: Enrolment,
         manifest: Manifest,
-        examples: list[StoredExample],
-        base: LoadedBase,
-        randomness: Randomness,
-        interruption: Interruption,
-        usage: DailyUsage,
+        read_examples: Callable[[], tuple[EncodedExample, ...]],
+        means: Means,
     ) -> None:
         self.manifest = manifest
-        self._enrolment, self._interruption, self._usage = enrolment, interruption, usage
-        self._receipts = Receipts(enrolment.folder / "receipts.jsonl")
+        self._enrolment, self._means, self._read_examples = enrolment, means, read_examples
+        self._receipts = Receipts(enrolment.folder / RECEIPTS)
         self._task: TrainTask | None = None
-        model = base.model(manifest)
-        model.interrupt_by(interruption.check)
-        encoder = base.encoder(manifest.local.max_length)
-        encoded = encoder.encode_all([Example(one.prompt, one.response) for one in examples])
-        if not encoded:
-            raise ConditionsError("this device has no example to train on yet: add some")
-        self._contributor = Contributor(
-            enrolment.identity.certificate.device_id,
-            encoded,
-            model,
-            manifest,
-            randomness.streams,
-            base.physical_batch_size,
-        )
-        self._member = enrolment.member(manifest.hash, self._contribute, is_seeded=randomness.is_seeded)
+        self._model = means.base.model(manifest)
+        self._model.interrupt_by(means.interruption.check)
+        self._contributor = self._made_contributor(())  # tells at once whether the base is the run's
+        self._member = enrolment.member(manifest.hash, self._contribute, is_seeded=means.randomness.is_seeded)
 
     def __repr__(self) -> str:
         return f"Participation({self.manifest.run_id!r})"
@@ -65,9 +63,13 @@ class Participation:
         Raises a FedMiniError where this device takes no part (any more): nothing leaves it.
         """
         self._task = None
+        if wire.is_invitation(request):  # what would stop its training later stops it before it costs the run anything
+            self._means.interruption.begin()
+            self._means.interruption.check()
+            self._contributor = self._made_contributor(self._read_examples())
         answer = self._member.answer(request)
         if self._task is not None:
-            self._usage.contributed()
+            self._means.usage.contributed()
             self._receipts.append(self._receipt(self._task, answer))
         return answer
 
@@ -75,12 +77,29 @@ class Participation:
         """Give up what goes on, and erase its secrets."""
         self._member.close()
 
+    def newest_model(self) -> tuple[int, bytes] | None:
+        """The model that this answer's contribution began from: (rounds committed before it, its bytes)."""
+        if self._task is None:
+            return None
+        return self._task.round_num - 1, vectors.to_bytes(self._task.adapter, self.manifest.template)
+
+    def _made_contributor(self, examples: tuple[EncodedExample, ...]) -> Contributor:
+        return Contributor(
+            self._enrolment.identity.certificate.device_id,
+            examples,
+            self._model,
+            self.manifest,
+            self._means.randomness.streams,
+            self._means.base.physical_batch_size,
+        )
+
     def _contribute(self, task: TrainTask) -> Contribution:
         """Train, within what this device's owner allows."""
-        self._interruption.begin()
-        self._interruption.check()
-        with self._usage.training():
+        self._means.interruption.begin()
+        self._means.interruption.check()
+        with self._means.usage.training():
             contribution = self._contributor.contribute(task)
+        self._means.interruption.check()
         self._task = task
         return contribution
 
@@ -93,24 +112,20 @@ class Participation:
             manifest_hash=self.manifest.hash,
             size_bytes=len(answer),
             sha256=hashlib.sha256(answer).hexdigest(),
-            epsilon=spent(self._enrolment),
+            epsilon=spent(self._enrolment)[1],
         )
 
-    def newest_model(self) -> tuple[int, bytes] | None:
-        """The model that the last contribution began from: (rounds committed before it, its bytes)."""
-        if self._task is None:
-            return None
-        return self._task.round_num - 1, vectors.to_bytes(self._task.adapter, self.manifest.template)
 
+def spent(enrolment: Enrolment) -> tuple[int, Mapping[str, float]]:
+    """How many contributions there were, and what all have cost each unit that any of them protected.
 
-def spent(enrolment: Enrolment) -> Mapping[str, float]:
-    """What all contributions have cost each unit that any of them protected, at the lifetime delta, rounded up."""
+    At the lifetime delta, rounded up.
+    """
     with enrolment.ledger() as ledger:
-        units = {event.unit for one in ledger.releases() for event in one.events}
-        return {
-            unit: float(accounting.rounded_up(ledger.epsilon(unit, enrolment.lifetime.lifetime_delta)))
-            for unit in sorted(units)
-        }
+        receipts = ledger.releases()
+        units = sorted({event.unit for one in receipts for event in one.events})
+        delta = enrolment.lifetime.lifetime_delta
+        return len(receipts), {unit: float(accounting.rounded_up(ledger.epsilon(unit, delta))) for unit in units}
 
 
 def max_examples(manifest: Manifest, limit: int) -> int:
@@ -119,3 +134,12 @@ def max_examples(manifest: Manifest, limit: int) -> int:
     if expected < 1:
         raise ProtocolError("the manifest expects less than one example of a device")
     return min(expected, limit)
+
+
+def why_done(enrolment: Enrolment, manifest: Manifest) -> str | None:
+    """Why this device takes no part in a run any more, in words; None where it may."""
+    with enrolment.ledger() as ledger:
+        num_done = ledger.num_participations(manifest.run_id)
+    if num_done < manifest.release.max_releases:
+        return None
+    return f"it has taken part in run {manifest.run_id} as often as it may: {num_done} times"

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedmini.device.membership import OfferedRun
-
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
@@ -14,6 +12,15 @@ class RunStatus:
     manifest_hash: str
     num_contributions: int
     max_contributions: int
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedRun:
+    """A run that a server offered and nobody has agreed to yet."""
+
+    run_id: str
+    manifest_hash: str
+    terms: tuple[str, ...]  # what it may cost this device, in lines, every number by its own accountant
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,66 +1,64 @@
-"""The background thread of a device: connects when it may, answers the server, sleeps; whatever fails in it stays in it."""
+"""The background threads of a device: they connect when they may, answer, rest; whatever fails in them stays in them."""
 
 import random
-import ssl
 import threading
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
+from functools import partial
 
 from fedmini import offer as offers
-from fedmini.conditions import DailyUsage, Policy
-from fedmini.device import kept_adapter
-from fedmini.device.interruption import Interruption
+from fedmini.conditions import Policy
+from fedmini.device.answering import Answers
+from fedmini.device.diary import About, Diary, in_words
 from fedmini.device.membership import Membership
-from fedmini.device.participation import Participation
-from fedmini.device.randomness import Randomness
-from fedmini.errors import (
-    ConditionsError,
-    FedMiniError,
-    LinkError,
-    ModelMismatchError,
-    PrivacyBudgetError,
-    ReplayError,
-)
-from fedmini.events import Emit
-from fedmini.flower import replies
+from fedmini.device.open_sockets import OpenSockets
+from fedmini.device.participation import Means
+from fedmini.device.settings import Server
+from fedmini.enrolment import Enrolment
+from fedmini.errors import FedMiniError, LinkError
 from fedmini.flower.codec import Envelope
 from fedmini.flower.fleet import FleetConnection, Received
+from fedmini.secagg import wire
+from fedmini.vectors import num_parameters
 
 LOOK_SECONDS = 0.3  # between two looks at the conditions, while connected
 REST_SECONDS = 5.0  # between two looks while it may not train
+STOP_SECONDS = 6.0  # for the threads to end; one that an app's or a library's code holds ends by itself, later
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
-MAX_PAYLOAD_BYTES = 300 * 2**20
-MAX_REASON = 300
-MAX_ANSWERED = 2
+MISSED_SECONDS = 30.0  # after which the server may have taken a device for gone: its heartbeats last about 40
+STILL_ONLINE = 412  # what the SuperLink says to a login while it has not missed the one before
+STILL_ONLINE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What a worker works with."""
+    """What a worker works with. `during` is `policy` without what a round of its own uses up."""
 
     membership: Membership
+    means: Means
     policy: Policy
-    usage: DailyUsage
-    interruption: Interruption
-    randomness: Randomness
-    server: str
-    tls: Callable[[], ssl.SSLContext | None]
-    emit: Emit
+    during: Policy
+    server: Server
+    diary: Diary
 
 
 class Worker:
-    """The thread. `start` and `stop` it; it never raises, and never touches the process that it is in."""
+    """The threads. `start` and `stop` them, from any thread; they never raise, and never touch the process they are in.
+
+    One of them owns the connection: nobody else uses or closes it, but for shutting its sockets.
+    """
 
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
+        self._answers = Answers(parts.membership, parts.means, parts.diary, partial(why_not, parts.policy))
         self._stopping = threading.Event()
         self._wake = threading.Event()
-        self._connection: FleetConnection | None = None
-        self._run: int | None = None
-        self._ended: set[int] = set()
-        self._answered: dict[str, Envelope] = {}  # the last few, by message: one that comes twice is one message
-        self._why: str | None = "it was not started"
-        self._problem: str | None = None
+        self._cut = threading.Event()  # the connection that stands is to end
+        self._sockets = OpenSockets()
+        self._is_serving = False
+        self._is_connected = False
+        self._lost_at: float | None = None
+        self._wait_s = FIRST_WAIT_SECONDS
         self._threads: list[threading.Thread] = []
 
     @property
@@ -69,202 +67,167 @@ class Worker:
 
     @property
     def is_connected(self) -> bool:
-        return self._connection is not None
-
-    @property
-    def why_not(self) -> str | None:
-        """Why this device does not train or wait for work now; None: it is connected and would."""
-        return self._why
-
-    @property
-    def problem(self) -> str | None:
-        """What went wrong last, if it has not gone well since."""
-        return self._problem
+        return self._is_connected
 
     def start(self) -> None:
         """Begin, once."""
-        self._why = "it is starting"
+        self._parts.diary.why = "it is starting"
         for name, target in (("fedmini-device", self._work), ("fedmini-conditions", self._watch)):
             thread = threading.Thread(target=target, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Stop training at once, log out, and end."""
+    def stop(self) -> None:
+        """Stop training at once, log out, and end. Called by a thread of its own, by an app's log, it waits for nothing."""
         self._stopping.set()
-        self._parts.interruption.stop("it was stopped")
-        self._wake.set()
-        self._disconnect()
+        self._end_connection("it was stopped")
+        until = time.monotonic() + STOP_SECONDS
         for thread in self._threads:
-            thread.join(timeout_s)
-        self._why = "it was stopped"
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()) / 2)
+                self._sockets.shut()  # also what was opened to log out, if nobody answers
+                thread.join(max(0.0, until - time.monotonic()))
+        self._parts.diary.why = "it was stopped"
 
-    def wake(self) -> None:
-        """Look again now: something has changed."""
-        self._wake.set()
+    def leave(self, why: str) -> None:
+        """Give up the round that goes on, log out, and in again."""
+        self._end_connection(why)
 
-    def reconnect(self) -> None:
-        """Log out and in again, so that the server offers its runs anew."""
-        self._disconnect()
+    def ask_again(self) -> None:
+        """Log out and in where a run waits for consent, so that it is offered anew at once."""
+        if self._answers.is_waiting_for_consent:
+            self._end_connection("it asks its server again")
+
+    def _end_connection(self, why: str) -> None:
+        self._cut.set()
+        self._parts.means.interruption.stop(why)
+        self._sockets.shut()
         self._wake.set()
 
     def _work(self) -> None:
-        wait_s = FIRST_WAIT_SECONDS
         while not self._stopping.is_set():
             self._wake.clear()
-            self._why = self._held_back()
-            if self._why is not None:
-                self._wake.wait(REST_SECONDS)
-                continue
+            self._cut.clear()
             try:
+                if (why := self._held_back()) is not None:
+                    self._parts.diary.why = why
+                    self._wake.wait(REST_SECONDS)
+                    continue
                 self._serve()
-                wait_s = FIRST_WAIT_SECONDS
-            except Exception as error:  # the edge: nothing that fails here may reach the host
-                if self._stopping.is_set():
-                    return
-                self._note(error)
-                self._wake.wait(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_SECONDS)
+            except BaseException as error:  # the edge: nothing that fails here may reach the host, or end this thread
+                if self._goes_on():
+                    self._rest_after(error)
+
+    def _rest_after(self, error: BaseException) -> None:
+        """Say what is wrong with the connection, and wait: longer each time, until it is well."""
+        diary = self._parts.diary
+        diary.why = f"it is not connected: {in_words(error)}"
+        diary.note(error, About.LINK)
+        if isinstance(error, LinkError) and error.status == STILL_ONLINE:
+            self._wake.wait(STILL_ONLINE_SECONDS)
+            return
+        self._wake.wait(self._wait_s * random.uniform(0.5, 1.0))
+        self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_SECONDS)
 
     def _held_back(self) -> str | None:
-        if self._parts.membership.enrolment is None:
-            return "it is not enrolled: give its device.pub to an operator"
-        return self._parts.policy.why_not()
+        return self._parts.membership.why_barred() or why_not(self._parts.policy)
 
     def _watch(self) -> None:
         """Ends what goes on when the conditions do."""
-        while not self._stopping.wait(LOOK_SECONDS if self.is_connected else REST_SECONDS / 10):
-            if not self.is_connected:
+        while not self._stopping.wait(LOOK_SECONDS):
+            if not self._is_serving or self._cut.is_set():
                 continue
-            try:
-                why = self._parts.policy.why_not()
-            except Exception as error:
-                why = f"its conditions can't be read: {type(error).__name__}"
-            if why is not None:
-                self._why = why
-                self._parts.interruption.stop(why)
-                self._disconnect()
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+            if (why := why_not(self._parts.during)) is not None:
+                self._parts.diary.why = why
+                self._end_connection(why)
 
     def _serve(self) -> None:
         """Log in, and answer what comes, until the conditions end or the connection does."""
         parts = self._parts
-        own = parts.membership.enrolled()
-        connection = FleetConnection(parts.server, parts.tls(), own.login_key, MAX_PAYLOAD_BYTES)
+        own, tls = parts.membership.enrolled(), parts.server.tls()
+        max_bytes = max_payload_bytes(own)
+        connection = FleetConnection(
+            parts.server.url, self._sockets.watch(tls) if tls is not None else None, own.login_key, max_bytes
+        )
+        parts.diary.why = "it is connecting to its server"
         try:
             connection.open()
-            parts.interruption.allow()
-            self._connection = connection
-            self._problem = None
-            parts.emit("device.connected")
-            while not self._stopping.is_set() and self._connection is connection:
+            parts.means.interruption.allow()
+            self._is_serving = True
+            parts.diary.tell("device.connected")
+            self._note_connected()
+            while self._goes_on() and max_payload_bytes(own) == max_bytes:
                 received = self._pull(connection)
-                if received is not None:
-                    self._answer(connection, received)
+                if received is not None and self._goes_on() and not self._answer(connection, received):
+                    return
         finally:
-            if self._connection is connection:
-                self._connection = None
-            connection.close()
-            parts.membership.leave_rounds()
+            self._is_serving = self._is_connected = False
+            try:
+                connection.close()
+            finally:
+                parts.membership.leave_rounds()
+
+    def _note_connected(self) -> None:
+        if self._is_connected:
+            return
+        self._is_connected, self._lost_at = True, None
+        self._parts.diary.went_well(About.LINK)
+        self._parts.diary.why = self._answers.why
+
+    def _goes_on(self) -> bool:
+        return not (self._cut.is_set() or self._stopping.is_set())
 
     def _pull(self, connection: FleetConnection) -> Received | None:
+        """The next message, if one came. A connection that breaks is taken up again, and so is the round over it.
+
+        Raises LinkError where the server refuses, or was away for so long that this device has to log in anew.
+        """
+        received = None
         try:
-            return connection.pull()
-        except LinkError:
-            raise
-        except FedMiniError as error:  # a message that can't be used: the next may be better
-            self._note(error)
+            received = connection.pull()
+            self._wait_s = FIRST_WAIT_SECONDS
+        except LinkError as error:
+            now = time.monotonic()
+            self._is_connected, self._lost_at = False, now if self._lost_at is None else self._lost_at
+            is_refused = error.status is not None and error.status < 500
+            if is_refused or now - self._lost_at > MISSED_SECONDS or not self._goes_on():
+                raise
+            self._rest_after(error)
             return None
+        except FedMiniError as error:  # a message that can't be used: the next may be better
+            self._parts.diary.note(error, About.OFFER)
+        self._note_connected()
+        return received
 
-    def _answer(self, connection: FleetConnection, received: Received) -> None:
-        if received.message_id in self._answered:  # the server did not hear that it arrived: the same answer again
-            return self._send(connection, received, self._answered[received.message_id])
-        if received.run in self._ended:
-            return  # a message from before the server's program began anew
-        self._parts.emit("device.answering", stage=str(received.envelope.fields.get("stage", received.envelope.kind)))
-        try:
-            envelope = self._handled(received)
-        except FedMiniError as error:
-            self._note(error)
-            envelope = _refusal(error)
-        except Exception as error:  # a failure of a library: the round goes on without this device
-            self._note(error)
-            envelope = Envelope("refusal", {"code": "failure", "reason": type(error).__name__})
-        if self._stopping.is_set() or envelope is None:
-            return
-        identity = self._parts.membership.enrolled().identity
-        self._send(connection, received, replies.sign(identity, received.message_id, envelope))
+    def _answer(self, connection: FleetConnection, received: Received) -> bool:
+        """Answer a message; whether the next may come."""
+        answer = self._answers.to(received)
+        if answer is None:
+            return True
+        is_refusal = answer.kind == "refusal"
+        # A refusal says nothing of the device, and lets the others' round go on at once, also where this one has to end.
+        if self._goes_on() or is_refusal:
+            self._send(connection, received, answer)
+        return self._goes_on() and not (is_refusal and self._held_back() is not None)
 
-    def _send(self, connection: FleetConnection, received: Received, signed: Envelope) -> None:
-        self._answered[received.message_id] = signed
-        for oldest in list(self._answered)[:-MAX_ANSWERED]:
-            del self._answered[oldest]
+    def _send(self, connection: FleetConnection, received: Received, answer: Envelope) -> None:
         try:
-            connection.reply(received, signed)
+            connection.reply(received, answer)
         except LinkError as error:
             if error.status is None or error.status in (401, 502, 503, 504):
                 raise
-            self._note(error)  # the server's run is over: a late answer, which nobody waits for
-
-    def _handled(self, received: Received) -> Envelope | None:
-        parts, envelope = self._parts, received.envelope
-        if envelope.kind == "offer":
-            if self._run is not None and self._run != received.run:
-                self._ended.add(self._run)
-            self._run = received.run
-            return self._considered(envelope)
-        if received.run != self._run:
-            return Envelope("refusal", {"code": "stranger", "reason": "a message of a run whose offer never came"})
-        run = self._ready(envelope.text("manifest"))
-        if envelope.kind == "request":
-            answer = run.answer(envelope.payload)
-            newest = run.newest_model()
-            if newest is not None:
-                kept_adapter.keep(parts.membership.enrolled().folder, run.manifest, *newest)
-                parts.emit("device.contributed", run=run.manifest.run_id, round=newest[0] + 1)
-            return Envelope("answer", {}, answer)
-        if envelope.kind == "adapter":
-            round_num = envelope.fields.get("round")
-            if type(round_num) is int and 0 <= round_num <= run.manifest.num_rounds:
-                kept_adapter.keep(parts.membership.enrolled().folder, run.manifest, round_num, envelope.payload)
-            return Envelope("thanks")
-        return Envelope("refusal", {"code": "unknown", "reason": "a message of a kind that this device does not know"})
-
-    def _considered(self, envelope: Envelope) -> Envelope:
-        offer = offers.read(envelope.payload)
-        why = self._parts.membership.consider(offer)
-        if why is not None:
-            self._why = f"run {offer.signed.manifest.run_id} waits for consent"
-            self._parts.emit("device.asked_for_consent", run=offer.signed.manifest.run_id)
-            return Envelope("refusal", {"code": why, "reason": "its owner has not agreed yet"})
-        self._ready(offer.signed.manifest.hash)
-        self._why = None
-        return Envelope("ready")
-
-    def _ready(self, manifest_hash: str) -> Participation:
-        parts = self._parts
-        return parts.membership.ready(manifest_hash, parts.randomness, parts.interruption, parts.usage)
-
-    def _note(self, error: Exception) -> None:
-        """Remember a problem, for its owner: our own words, or the class of a library's."""
-        self._problem = str(error) if isinstance(error, FedMiniError) else f"a failure inside: {type(error).__name__}"
-        self._parts.emit("device.problem", problem=self._problem)
+            self._parts.diary.tell("device.late", status=error.status)  # the server's round or run is over
 
 
-def _refusal(error: FedMiniError) -> Envelope:
-    """What the server is told: a code, and for a broken rule of the protocol what it was. Never more of the device."""
-    codes = (
-        (ConditionsError, "conditions"),
-        (ReplayError, "replayed"),
-        (PrivacyBudgetError, "budget"),
-        (ModelMismatchError, "model"),
-    )
-    for kind, code in codes:
-        if isinstance(error, kind):
-            return Envelope("refusal", {"code": code, "reason": code})
-    reason = str(error)[:MAX_REASON] if type(error).__name__ in ("ProtocolError", "UpdateError") else "refused"
-    return Envelope("refusal", {"code": "protocol", "reason": reason})
+def why_not(policy: Policy) -> str | None:
+    """What holds training back; also an app's conditions that fail with what is no Exception."""
+    try:
+        return policy.why_not()
+    except BaseException as error:
+        return f"the app's conditions failed: {type(error).__name__}"
+
+
+def max_payload_bytes(own: Enrolment) -> int:
+    """The largest message that a device takes: an offer, or a request of a run that it agreed to."""
+    models = (4 * num_parameters(manifest.template) for manifest in own.manifests.values())
+    return max([offers.MAX_BYTES, *map(wire.max_request_bytes, models)])

@@ -6,6 +6,7 @@ event once more (RECOVERED), a reserve: what was cut was never acknowledged, so 
 """
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from fedmini.privacy import accounting, chain
 from fedmini.privacy.chain import Line, LineFormat
 from fedmini.privacy.chain_file import ChainFile
 from fedmini.types import PrivacyEvent, Unit
+
+TURN_SECONDS = 30.0  # how long a thread waits for another of its process to be done with a ledger
 
 DEVICE_LINES = LineFormat(
     ("run_id", "round", "attempt", "state", "manifest_hash", *chain.EVENT, "seeded"),
@@ -62,19 +65,27 @@ class DeviceLedger:
     """A device's open ledger, locked against every other process: debit first, contribute after.
 
     Guarantee: when `debit` has returned, its lines are on the disk. When it raised, nothing was spent and nothing lost.
+    Threads of one process take turns: one that shows its owner what was spent must not cost another one its round.
     """
 
     def __init__(self, file: ChainFile) -> None:
         self._file = file
+        self._is_open = True
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """A device's ledger, created where there is none, else verified from its first line to its last.
 
-        Raises StateError where another process has it open or it was damaged; a cut last line is replaced by RECOVERED
-        lines, atomically.
+        Raises StateError where another process, or this thread, has it open, or it was damaged; a cut last line is
+        replaced by RECOVERED lines, atomically.
         """
-        return cls(ChainFile.open(path, DEVICE_LINES))
+        is_new = _TURNS.take(path)
+        try:
+            return cls(ChainFile.open(path, DEVICE_LINES))
+        except BaseException:
+            if is_new:
+                _TURNS.give_back(path)
+            raise
 
     def check_new(self, run_id: str, round_num: int, attempt: int) -> None:
         """Raise ReplayError unless this attempt is later than every one this device was ever part of in the run.
@@ -97,30 +108,37 @@ class DeviceLedger:
         known = self._lines_of(release)
         return release.is_seeded and bool(known) and known == _entries(release)[: len(known)]
 
-    def debit(self, release: DeviceRelease, limits: LifetimeLimits) -> None:
-        """Write a release down, one line for each event, before anything of it leaves the device.
+    def check(self, release: DeviceRelease, limits: LifetimeLimits) -> None:
+        """Raise what `debit` would refuse it with, and write nothing.
 
-        Raises, before anything is written: ProtocolError where it isn't new, comes more often or sooner than the
-        manifest allows, or protects nothing; PrivacyBudgetError where a unit's epsilon over all runs would pass its
-        lifetime limit; StateError where the disk refuses. A replay costs nothing.
+        ProtocolError where the release isn't new, comes more often or sooner than the manifest allows, or protects
+        nothing; PrivacyBudgetError where a unit's epsilon over all runs would pass its lifetime limit. A replay is fine.
         """
         units = [event.unit for event in release.events]
         if not units or len(set(units)) < len(units):
             raise ProtocolError(
                 f"expected one event for each protected unit, got {units}: what can't be accounted for doesn't leave"
             )
-        entries = _entries(release)
         if self.is_replay(release):
-            # A crash can leave the first lines of an attempt without its last ones, which were never acknowledged.
-            entries = entries[len(self._lines_of(release)) :]
-        else:
-            self.check_new(release.run_id, release.round_num, release.attempt)
-            num_done = self.num_participations(release.run_id)
-            check_participations(release, num_done)
-            check_separation(release, max(_attempts(self._file.lines, release.run_id), default=None))
-            num_left = release.max_participations - num_done
-            for event in release.events:
-                check_lifetime(_composition(self._file.lines, event.unit), event, num_left, limits)
+            return
+        self.check_new(release.run_id, release.round_num, release.attempt)
+        num_done = self.num_participations(release.run_id)
+        check_participations(release, num_done)
+        check_separation(release, max(_attempts(self._file.lines, release.run_id), default=None))
+        num_left = release.max_participations - num_done
+        for event in release.events:
+            check_lifetime(_composition(self._file.lines, event.unit), event, num_left, limits)
+
+    def debit(self, release: DeviceRelease, limits: LifetimeLimits) -> None:
+        """Write a release down, one line for each event, before anything of it leaves the device.
+
+        Raises, before anything is written, what `check` does, and StateError where the disk refuses. A replay costs
+        nothing.
+        """
+        self.check(release, limits)
+        # A crash can leave the first lines of an attempt without its last ones, which were never acknowledged.
+        num_known = len(self._lines_of(release)) if self.is_replay(release) else 0
+        entries = _entries(release)[num_known:]
         if entries:
             self._file.append(entries)
 
@@ -161,6 +179,36 @@ class DeviceLedger:
     def close(self) -> None:
         """Release the lock. Closing twice is fine."""
         self._file.close()
+        if self._is_open:
+            self._is_open = False
+            _TURNS.give_back(self._file.path)
+
+
+class _Turns:
+    """Which thread of this process has which ledger open."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._threads: dict[Path, int] = {}
+
+    def take(self, path: Path) -> bool:
+        """Wait until no other thread has it open, for a while; whether it is this thread's turn from now on only."""
+        own = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._threads.get(path.absolute(), own) == own, TURN_SECONDS)
+            if path.absolute() in self._threads:  # by this thread, or for too long: the file's own lock refuses
+                return False
+            self._threads[path.absolute()] = own
+            return True
+
+    def give_back(self, path: Path) -> None:
+        """Let the next thread have it."""
+        with self._changed:
+            self._threads.pop(path.absolute(), None)
+            self._changed.notify_all()
+
+
+_TURNS = _Turns()
 
 
 def check_participations(release: DeviceRelease, num_done: int) -> None:
