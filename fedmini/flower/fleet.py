@@ -132,18 +132,7 @@ class FleetConnection:
 
         wanted = set(answer.objects_to_push)
         objects.push(((name, content) for name, content in deflated.objects.items() if name in wanted), send)
-        self._confirm(received)
         return deflated.size_bytes
-
-    def _confirm(self, received: Received) -> None:
-        """Let the server forget what it sent: it keeps it for as long as nobody says that it arrived."""
-        request = message_pb2.ConfirmMessageReceivedRequest(
-            node=self._node, run_id=received.run, message_object_id=received.message_id
-        )
-        with contextlib.suppress(LinkError):
-            self._calls.call(
-                "/v1/fleet/confirm-message-received", request, message_pb2.ConfirmMessageReceivedResponse, 5.0
-            )
 
     def close(self) -> None:
         """Log out, where the server can be reached, and end every call. Never raises. Closing twice is fine."""

@@ -18,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import ObjectTree
 
 from fedmini import config as configuration
 from fedmini import enrolment, operator_keys, server_folder
@@ -38,6 +39,7 @@ from tests.deployment.deployed import TIMING, Deployment, Logged, a_config, depl
 pytestmark = pytest.mark.timeout(600)  # the first test brings up the deployment, and waits for both runs
 
 NUM_SLOW = 200
+NUM_OBJECTS = 20_000  # names alone, 1.4 MB; SuperLink would serve nobody for some twenty seconds
 NUM_ROUNDS = 3
 MAX_PAYLOAD_BYTES = 2**24
 # Five are asked and four have to stay, so that a round can do without the fifth: the one that attacks from inside.
@@ -55,6 +57,7 @@ class Attacker:
     connection: FleetConnection
     behave: Callable[["Attacker", Received], None]
     seen: dict[str, tuple[Received, Envelope]] = field(default_factory=dict)  # what it has answered well, by stage
+    statuses: list[int | None] = field(default_factory=list)  # with what it was refused, None where it was not
     refused: LinkError | None = None  # what ended it
     member: Member | None = None
 
@@ -88,6 +91,7 @@ class Evidence:
     server: Logged  # of the run that was attacked
     forger: Attacker
     replayer: Attacker
+    announcer: Attacker  # of objects without number
     seconds_alone: list[float]
     stranger: dict[str, int | None]  # the status that an unenrolled key got, by call
     upload: tuple[bytes, int]  # what a 2 GB message got, and how much the gate's memory grew, in bytes
@@ -137,8 +141,19 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
         cut_off_s = time.monotonic() - began
         server.wait_for("run.finished")
         assert server.process.wait(60) == 0, server.tail()
+        announcer = attackers["many-objects"]
         yield Evidence(
-            deployed, expected, server, forger, replayer, seconds_alone, stranger, upload, others_reply, cut_off_s
+            deployed,
+            expected,
+            server,
+            forger,
+            replayer,
+            announcer,
+            seconds_alone,
+            stranger,
+            upload,
+            others_reply,
+            cut_off_s,
         )
 
 
@@ -193,6 +208,12 @@ def test_a_reply_with_too_many_or_too_large_objects_costs_its_sender_only(
     assert not [one for one in attacked.server.events if one["event"] == "device.ready" and one["device"] == name]
 
 
+def test_a_reply_that_names_twenty_thousand_objects_is_refused_before_anybody_waits_for_it(
+    attacked: Evidence,
+) -> None:
+    assert attacked.announcer.statuses[:2] == [413, None]
+
+
 def test_two_hundred_slow_connections_slow_no_round_down(attacked: Evidence) -> None:
     alone, beside = statistics.median(attacked.seconds_alone), statistics.median(round_seconds(attacked.server))
     print(f"a round alone {alone:.2f} s, under attack and beside {NUM_SLOW} slow connections {beside:.2f} s")
@@ -235,12 +256,20 @@ def be_replayer(attacker: Attacker, received: Received) -> None:
 
 
 def send_many_objects(attacker: Attacker, received: Received) -> None:
+    """Announce far more objects than the gate lets anybody name, then fewer, but more than an answer can have."""
     records = {f"{number}": ConfigRecord({"number": number}) for number in range(18)}
     bomb = objects.Deflated(Message(RecordDict(records), reply_to=received.message))
+    many = [ObjectTree(object_id=f"{number:064x}") for number in range(NUM_OBJECTS)]
+    attacker.statuses.append(announce(attacker, bomb, ObjectTree(object_id=bomb.tree.object_id, children=many)))
+    attacker.statuses.append(announce(attacker, bomb, bomb.tree))
+
+
+def announce(attacker: Attacker, message: objects.Deflated, tree: ObjectTree) -> int | None:
     request = PushMessagesRequest(
-        node=attacker.connection._node, messages_list=[bomb.head], message_object_trees=[bomb.tree]
+        node=attacker.connection._node, messages_list=[message.head], message_object_trees=[tree]
     )
-    attacker.connection._calls.call("/v1/fleet/push-messages", request, PushMessagesResponse)
+    path = "/v1/fleet/push-messages"
+    return status_of(lambda: attacker.connection._calls.call(path, request, PushMessagesResponse))
 
 
 def send_large_objects(attacker: Attacker, received: Received) -> None:
