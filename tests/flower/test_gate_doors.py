@@ -143,7 +143,7 @@ def test_a_message_of_two_gigabytes_is_refused_before_it_is_read(door: GateProce
         assert status(connection.recv(65536)) == 413
         sent, chunk = 0, bytes(2**20)
         with pytest.raises(OSError):
-            while sent < 2**31:
+            while sent < 2**36:
                 connection.sendall(chunk)
                 sent += len(chunk)
     assert resident_bytes(door.process.pid) - before < 100 * 2**20
