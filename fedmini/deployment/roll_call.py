@@ -106,7 +106,7 @@ class RollCall:
     def follow_folder(self) -> None:
         """Let in who was enrolled since, and keep out who was revoked or removed."""
         now = self._folder.fingerprint()
-        has_changed = now != self._fingerprint
+        has_changed, believed = now != self._fingerprint, _signed_by_operator(self._roll)
         if not has_changed and self._local_port is not None:
             return
         try:
@@ -120,7 +120,10 @@ class RollCall:
             name: self._known[name] if name in self._known and self._known[name].node == node else _Known(node)
             for name, node in nodes.items()
         }
+        must_follow = _signed_by_operator(self._roll) != believed
         for known in self._known.values():
+            if must_follow:  # a device takes part again once it has what the operator has signed since
+                known.is_ready, known.asked = False, None
             if has_changed and not known.is_ready:  # what is offered may have changed
                 known.asked_at = 0.0
         self._fingerprint = now
@@ -189,6 +192,11 @@ class RollCall:
             return
         known.why = refusal_of(reply.envelope)
         self._emit("device.declines", device=name, why=known.why)
+
+
+def _signed_by_operator(roll: Roll) -> tuple[object, ...]:
+    """What a device has to have followed before its answers count."""
+    return roll.trust.operator_key, roll.trust.revocations_sequence
 
 
 def refusal_of(envelope: Envelope) -> str:

@@ -57,6 +57,7 @@ class Worker:
         self._sockets = OpenSockets()
         self._is_serving = False
         self._is_connected = False
+        self._is_pulling = False
         self._lost_at: float | None = None
         self._wait_s = FIRST_WAIT_SECONDS
         self._threads: list[threading.Thread] = []
@@ -81,12 +82,15 @@ class Worker:
         """Stop training at once, log out, and end. Called by a thread of its own, by an app's log, it waits for nothing."""
         self._stopping.set()
         self._end_connection("it was stopped")
-        until = time.monotonic() + STOP_SECONDS
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, until - time.monotonic()) / 2)
-                self._sockets.shut()  # also what was opened to log out, if nobody answers
-                thread.join(max(0.0, until - time.monotonic()))
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < STOP_SECONDS:
+            others = (thread for thread in self._threads if thread is not threading.current_thread())
+            alive = next((thread for thread in others if thread.is_alive()), None)
+            if alive is None:
+                break
+            if self._is_pulling or passed > STOP_SECONDS / 2:  # by then a logout has had its time
+                self._sockets.shut()
+            alive.join(LOOK_SECONDS / 3)
         self._parts.diary.why = "it was stopped"
 
     def leave(self, why: str) -> None:
@@ -135,6 +139,8 @@ class Worker:
     def _watch(self) -> None:
         """Ends what goes on when the conditions do."""
         while not self._stopping.wait(LOOK_SECONDS):
+            if self._cut.is_set() and self._is_pulling:
+                self._sockets.shut()  # it had begun just before
             if not self._is_serving or self._cut.is_set():
                 continue
             if (why := why_not(self._parts.during)) is not None:
@@ -183,8 +189,9 @@ class Worker:
         Raises LinkError where the server refuses, or was away for so long that this device has to log in anew.
         """
         received = None
+        self._is_pulling = True
         try:
-            received = connection.pull()
+            received = connection.pull() if self._goes_on() else None
             self._wait_s = FIRST_WAIT_SECONDS
         except LinkError as error:
             now = time.monotonic()
@@ -196,6 +203,8 @@ class Worker:
             return None
         except FedMiniError as error:  # a message that can't be used: the next may be better
             self._parts.diary.note(error, About.OFFER)
+        finally:
+            self._is_pulling = False
         self._note_connected()
         return received
 
