@@ -24,10 +24,8 @@ def rotate_operator(deployed: Deployment) -> None:
 
 def test_a_restored_server_is_refused_by_its_devices_and_keys_change_under_a_running_one(tmp_path: Path) -> None:
     rows = chaos.marked_rows()
-    config = a_config(tmp_path)
-    expected = chaos.simulated_adapter(config, tmp_path, rows)
-    with deployment(tmp_path, config, rows) as deployed:
-        deployed.start_devices()
+    with deployment(tmp_path, a_config(tmp_path), rows) as deployed:
+        deployed.start_devices(seeded=False)  # a seeded device would give the same bits again, which cost nothing
         server = deployed.start_server()
         place = server.wait_for("round.committed", round=1)
         fedmini("server", "backup", deployed.server_folder, tmp_path / "backup.tar")
@@ -36,7 +34,6 @@ def test_a_restored_server_is_refused_by_its_devices_and_keys_change_under_a_run
         server.wait_for("run.finished", place)
         assert server.process.wait(60) == 0
         assert any(one["event"] == "gate.certificate_read" for one in server.events), server.tail()
-        chaos.check_adapter(deployed, expected)
         chaos.check_paid_for(deployed)
 
         deployed.server_folder.rename(tmp_path / "lost")
