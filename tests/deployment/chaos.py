@@ -90,6 +90,7 @@ MAY_HOLD_KEYS = {
     "store.key",
     "loopback.token",
     "gate.json",
+    "backup.tar",
 }
 
 
