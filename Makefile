@@ -24,7 +24,7 @@ demo: $(VENV)/.demo ## install, then fine-tune the 4-bit model on real chat, pri
 	@if [ -e "$(RUN)/manifest.json" ]; then resume=--resume; fi; \
 	$(BIN)/fedmini simulate simulations/chat.toml --output "$(RUN)" $$resume
 
-test: $(VENV)/.test ## install what tests need and run them, but for the slow ones (at most 4 minutes on 2 cores)
+test: $(VENV)/.test ## install what tests need and run them, but for the slow ones and deployments (about 8 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n auto -m "not slow and not deployment"
 
 test-slow: $(VENV)/.test ## run the slow tests only
