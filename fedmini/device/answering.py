@@ -64,9 +64,7 @@ class Answers:
         try:
             envelope = self._answer(received)
         except FedMiniError as error:
-            if (
-                not self._means.interruption.is_stopped
-            ):  # else nothing went wrong: its conditions ended, or its owner said so
+            if not self._means.interruption.is_stopped:  # else its conditions ended, or its owner said so: all is well
                 self._diary.note(error, about)
             envelope = _refusal(error)
         except BaseException as error:  # a library's: some of Flower's are no Exception. The round goes on without us
