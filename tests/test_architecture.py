@@ -49,6 +49,7 @@ LAYERS: Mapping[str, int] = {
     "fedmini.pace": 3,
     "fedmini.floors": 3,
     "fedmini.offer": 3,
+    "fedmini.randomness": 3,
     "fedmini.operator_keys": 3,
     "fedmini.secure_sum": 3,
     "fedmini.server_folder": 3,

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -25,28 +24,12 @@ from fedmini.flower import gate
 from fedmini.flower.loopback_token import HEADER
 from fedmini.flower.server_link import ServerLink
 from fedmini.privacy.ledger import Ledger
-from fedmini.privacy.noise import RandomStream, Streams
+from fedmini.randomness import FROM_OS, Randomness
 from fedmini.server_folder import ServerFolder
 from fedmini.types import Manifest
 
 LINK_SECONDS = 60.0  # for the gate to come back
 STATE = "state"
-
-
-@dataclass(frozen=True, slots=True)
-class Randomness:
-    """The server's own: whom a round asks, and its noise where that is the plan's. Seeded in tests only."""
-
-    streams: Streams
-    is_seeded: bool
-
-
-def from_os(*purpose: object) -> RandomStream:
-    """A fresh stream from the operating system, whatever it is for."""
-    return RandomStream.from_os()
-
-
-FROM_OS = Randomness(from_os, is_seeded=False)
 
 
 Connect: TypeAlias = Callable[[ServerFolder, RunFiles], tuple[ServerLink, RollCall]]

@@ -28,6 +28,7 @@ from fedmini.types import Aggregate, CohortSum, DeviceId, Roster, RoundReport, S
 
 GOODBYE_SECONDS = 15.0
 LINK_WAIT_SECONDS = 1.0
+FIRST_REST_SECONDS = 1.0  # after a round that too few devices came to; longer each time, up to timing.wait_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class ServedRun:
     ) -> None:
         self._parts, self._ledger, self._state, self._history = parts, ledger, state, history
         files = parts.files
+        self._rest_s = FIRST_REST_SECONDS
         self._model = ServerModel(files.config, files.manifest, parts.emit)
         self._aggregates = _Announced(AggregateFolder(files.aggregates), parts.emit)
         self._exchange = FlowerExchange(parts.link, parts.roll, files.manifest.hash, parts.timing, parts.emit)
@@ -89,7 +91,10 @@ class ServedRun:
             raise
         except CohortError as error:  # nothing was spent, or it is written down: the next try is a new attempt
             self._parts.emit("round.waits", round=round_num, reason=str(error))
+            time.sleep(min(self._rest_s, self._parts.timing.wait_s))  # it may be that nothing changes by itself
+            self._rest_s *= 2
             return
+        self._rest_s = FIRST_REST_SECONDS
         self._commit(state, self._with_traffic(found))
 
     def _wait_for_devices(self, round_num: int) -> None:

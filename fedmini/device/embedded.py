@@ -20,13 +20,13 @@ from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase, Messages
 from fedmini.device.membership import Membership
 from fedmini.device.participation import RECEIPTS, Means
-from fedmini.device.randomness import FROM_OS, Randomness
 from fedmini.device.receipts import DeviceReceipt, Receipts
 from fedmini.device.standing import DeviceStatus
 from fedmini.device.worker import Worker, WorkerParts
 from fedmini.enrolment import records
 from fedmini.errors import ConfigError, FedMiniError, StateError
 from fedmini.events import Emit, nowhere
+from fedmini.randomness import FROM_OS, Randomness
 from fedmini.store import StoredExample, os_keyring
 from fedmini.store.key_places import FindKeyring
 from fedmini.types import Adapter, Manifest

@@ -10,11 +10,11 @@ from fedmini.conditions import DailyUsage
 from fedmini.contributor import Contributor
 from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase
-from fedmini.device.randomness import Randomness
 from fedmini.device.receipts import DeviceReceipt, Receipts
 from fedmini.enrolment import Enrolment
 from fedmini.errors import ProtocolError
 from fedmini.privacy import accounting
+from fedmini.randomness import Randomness
 from fedmini.secagg import wire
 from fedmini.types import Contribution, EncodedExample, Manifest, TrainTask
 

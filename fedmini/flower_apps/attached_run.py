@@ -16,14 +16,13 @@ from fedmini.events import Emit
 from fedmini.files import replace_synced
 from fedmini.flower import login_keys
 from fedmini.flower.server_link import ServerLink
+from fedmini.randomness import FROM_OS, Randomness
 from fedmini.server_folder import ServerFolder
 
 LOGIN_KEYS = "login-keys"
 
 
-def serve(
-    grid: Grid, folder: Path, run: str, emit: Emit, randomness: coordinator.Randomness = coordinator.FROM_OS
-) -> None:
+def serve(grid: Grid, folder: Path, run: str, emit: Emit, randomness: Randomness = FROM_OS) -> None:
     """Serve a run to its end, from wherever it stands. Raises a FedMiniError; what was committed is saved."""
 
     def connect(opened: ServerFolder, files: RunFiles) -> tuple[ServerLink, RollCall]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from fedmini import events
 from fedmini.conditions import Conditions
 from fedmini.device import Device, worker
-from fedmini.device.randomness import FROM_OS, Randomness
 from fedmini.flower import gate
+from fedmini.randomness import FROM_OS, Randomness
 from tests.deployment import seeded
 
 

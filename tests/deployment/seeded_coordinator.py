@@ -3,7 +3,7 @@
 import sys
 
 from fedmini.deployment import coordinator
-from fedmini.deployment.coordinator import Randomness
+from fedmini.randomness import Randomness
 from tests.deployment import seeded
 
 if __name__ == "__main__":

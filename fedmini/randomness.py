@@ -1,4 +1,4 @@
-"""Where a device's randomness comes from: the operating system. Tests hand in another, and their ledgers say so."""
+"""Where a device's and a server's randomness comes from: the operating system. Tests hand in another, and ledgers say so."""
 
 from dataclasses import dataclass
 
