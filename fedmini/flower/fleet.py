@@ -141,8 +141,12 @@ class FleetConnection:
         self._closed.set()
         if self._node is not None:
             request = fleet_pb2.DeactivateNodeRequest(node_id=self._node.node_id)
-            with contextlib.suppress(LinkError):
-                self._calls.call("/v1/fleet/deactivate-node", request, fleet_pb2.DeactivateNodeResponse, 2.0)
+            for _ in range(2):  # a socket that was just ended for a poll may be the one that it goes out on
+                try:
+                    self._calls.call("/v1/fleet/deactivate-node", request, fleet_pb2.DeactivateNodeResponse, 2.0)
+                except LinkError:
+                    continue
+                break
         self._calls.close()
         if self._heart is not None and self._heart is not threading.current_thread():
             self._heart.join(timeout=5.0)
