@@ -60,7 +60,7 @@ def plan(
     known = pace.recall(cache_dir, chosen)
     seconds = pace.forecast_seconds(known, manifest, chosen) if known is not None else None
     description = _description(chosen) | {"time": display.time_sentence(seconds)}
-    display.print_plan(_console(), manifest, forecast.forecast(manifest, chosen), description)
+    display.print_plan(_console(), manifest, forecast.forecast(manifest), description)
     if manifest_path is not None:
         try:
             files.replace_synced(manifest_path, manifest_file.canonical(manifest))

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmini import local, metrics, vectors
+from fedmini import local, local_evaluation, metrics, vectors
 from fedmini.errors import ModelMismatchError, UpdateError
 from fedmini.local import LocalRun
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import clipping, encoding, noise
 from fedmini.privacy.noise import Streams
-from fedmini.types import Contribution, DeviceId, EncodedExample, IntVector, Manifest, TrainTask
+from fedmini.types import Contribution, DeviceId, EncodedExample, EvaluationManifest, IntVector, Manifest, TrainTask
 
 
 class Contributor:
-    """One device: its examples, the model it trains, and the manifest it agreed to.
+    """One device: its examples, the model it trains, and the manifest it agreed to, or that of the run's evaluations.
 
     `streams` gives all of its randomness: which examples a step draws, how a vector is rounded, and the noise.
     Raises ModelMismatchError, before any training, where its base or LoRA tensors are not the manifest's.
@@ -38,7 +38,7 @@ class Contributor:
         if model.template != manifest.template:
             raise ModelMismatchError("this device's LoRA tensors are not the run's: update the device")
         self.device_id = device_id
-        self._examples = tuple(examples)
+        self._examples = local_evaluation.own_part(examples, manifest)
         self._model, self._manifest, self._streams = model, manifest, streams
         self._physical_batch_size = physical_batch_size
 
@@ -46,7 +46,7 @@ class Contributor:
         return f"Contributor({self.device_id!r}, {len(self._examples)} examples)"
 
     def contribute(self, task: TrainTask) -> Contribution:
-        """Train as the manifest says and give the update: clipped, rounded, noised where the noise is this device's.
+        """Train (or measure) as the manifest says, and give what comes of it: clipped, rounded, noised where that is ours.
 
         Shape (num_coordinates,), uint32. An update that is not finite becomes zeros; the noise is still added.
         Raises UpdateError where the task is another manifest's or its adapter can't be used.
@@ -63,7 +63,12 @@ class Contributor:
 
     def _integers(self, task: TrainTask) -> IntVector:
         """The clipped, rounded vector of this round, without the share of the noise that is added to the whole."""
-        release = self._manifest.release
+        manifest, release = self._manifest, self._manifest.release
+        if isinstance(manifest, EvaluationManifest):
+            streams = self._streams_of(task)
+            return local_evaluation.sum_losses(
+                self._model, self._examples, manifest, self._physical_batch_size, streams
+            )
         run = LocalRun(self._examples, self._manifest.local, self._physical_batch_size, self._streams_of(task))
         if release.sums_examples:
             assert release.example is not None
@@ -96,6 +101,7 @@ class Contributor:
         return np.zeros(manifest.num_coordinates, np.int64)
 
     def _streams_of(self, task: TrainTask) -> Streams:
+        kind = "evaluation" if isinstance(self._manifest, EvaluationManifest) else "round"
         return lambda *purpose: self._streams(
-            "device", self.device_id, "round", task.round_num, "attempt", task.attempt, *purpose
+            "device", self.device_id, kind, task.round_num, "attempt", task.attempt, *purpose
         )

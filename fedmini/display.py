@@ -21,7 +21,7 @@ from fedmini.privacy import accounting
 from fedmini.types import ADJACENCY, Manifest
 
 if TYPE_CHECKING:  # a plan is shown without loading torch
-    from fedmini.forecast import Forecast, UnitForecast
+    from fedmini.forecast import EvaluationForecast, Forecast, UnitForecast
     from fedmini.simulation import Progress, SimulationResult
 
 NO_PRIVACY_BANNER = "NO PRIVACY: [privacy] none = true. The adapter may reveal what any one example says."
@@ -199,7 +199,7 @@ def print_plan(console: Console, manifest: Manifest, forecast: "Forecast", descr
         table.add_row(name, value)
     table.add_row(
         "trained",
-        f"{forecast.num_coordinates - manifest.release.num_metrics:,} coordinates "
+        f"{manifest.num_trained:,} coordinates "
         f"(rank {manifest.lora.lora_rank}, {manifest.lora.trained}, {', '.join(manifest.lora.target_modules)})",
     )
     table.add_row(
@@ -209,6 +209,8 @@ def print_plan(console: Console, manifest: Manifest, forecast: "Forecast", descr
     )
     for unit in forecast.units:
         _add_unit(table, unit)
+    if forecast.evaluation is not None:
+        _add_evaluation(table, manifest, forecast.evaluation)
     if not forecast.units:
         table.add_row("privacy", NO_PRIVACY_BANNER)
     if forecast.noise_to_signal is not None:
@@ -230,6 +232,22 @@ def _add_unit(table: Table, found: "UnitForecast") -> None:
             "",
             f"rests on {plan.num_shares} honest devices in every round; a lone honest device would have "
             f"{accounting.rounded_up(found.epsilon_lone, 1)}",
+        )
+
+
+def _add_evaluation(table: Table, manifest: Manifest, found: "EvaluationForecast") -> None:
+    plan = manifest.evaluation
+    assert plan is not None
+    table.add_row(
+        "on devices",
+        f"the loss on the {plan.fraction:.0%} that each holds back, {found.num_evaluations} times, "
+        f"each known to {found.error:.2f} nats a token (one standard deviation of its noise)",
+    )
+    for unit in found.units:
+        together = accounting.rounded_up(found.epsilon_together[unit.plan.unit])
+        table.add_row(
+            "",
+            f"costs epsilon {accounting.rounded_up(unit.epsilon)} per {unit.plan.unit} by itself; {together} with the training",
         )
 
 

@@ -51,12 +51,23 @@ def _stricter(name: str, limit: Any, wanted: Any) -> Any:
 def check(manifest: Manifest, limits: Limits) -> None:
     """Raise ProtocolError, naming the field, unless a manifest is consistent and within the limits."""
     consistency.check_consistency(manifest)
+    _check_plan(manifest, limits)
+    if manifest.for_evaluation is not None:
+        _check_plan(manifest.for_evaluation, limits)
+    if limits.max_participations is not None:
+        num_releases = manifest.release.max_releases + (
+            manifest.evaluation.num_evaluations if manifest.evaluation else 0
+        )
+        within("release.max_releases, evaluations included", num_releases, 1, limits.max_participations, BEYOND)
+    for unit in manifest.release.units:
+        _check_epsilon(unit, manifest, limits)
+
+
+def _check_plan(manifest: Manifest, limits: Limits) -> None:
     release = manifest.release
     require(bool(release.units) or limits.allow_no_privacy, "release", "a protected unit", "none", BEYOND)
     within("release.min_survivors", release.min_survivors, limits.min_survivors, math.inf, BEYOND)
     within("release.max_devices", release.max_devices, 1, limits.max_devices, BEYOND)
-    if limits.max_participations is not None:
-        within("release.max_releases", release.max_releases, 1, limits.max_participations, BEYOND)
     for _, budget in manifest.target_epsilon:
         within("target_epsilon", budget, 0, limits.max_epsilon, BEYOND)
     for unit in release.units:
@@ -71,6 +82,10 @@ def _check_unit(unit: UnitPlan, manifest: Manifest, limits: Limits) -> None:
     if unit.noise == "shared":
         most = math.floor(release.min_survivors * (1 - limits.min_corrupt_fraction) + 1e-9)
         within("release.n_honest", release.n_honest, 1, most, BEYOND)
+
+
+def _check_epsilon(unit: UnitPlan, manifest: Manifest, limits: Limits) -> None:
+    name = f"release.{unit.unit}"
     within(f"{name}, epsilon of the whole run", run_epsilon(unit, manifest), 0, limits.max_epsilon, BEYOND)
     if limits.max_lone_epsilon is not None:
         lone = lone_epsilon(unit, manifest)
@@ -78,16 +93,16 @@ def _check_unit(unit: UnitPlan, manifest: Manifest, limits: Limits) -> None:
 
 
 def run_epsilon(unit: UnitPlan, manifest: Manifest) -> float:
-    """What a whole run can cost one unit: as many releases as a device may be in, lost attempts included.
+    """What a whole run can cost one unit: all releases that a device may be in, lost attempts and evaluations included.
 
     At the unit's own target_delta, from a consistent manifest's noise variance: no multiplier in it is relied on.
     Infinite above 100, and where the noise is below a fifth of the sensitivity.
     """
-    return consistency.epsilon_of(unit, manifest, unit.num_shares)
+    return consistency.whole_run_epsilon(unit.unit, manifest, is_alone=False)
 
 
 def lone_epsilon(unit: UnitPlan, manifest: Manifest) -> float:
     """`run_epsilon` with no noise but the device's own: what is left if nobody else is honest, nor the server."""
     if unit.noise == "server":
         return math.inf
-    return consistency.epsilon_of(unit, manifest, 1)
+    return consistency.whole_run_epsilon(unit.unit, manifest, is_alone=True)

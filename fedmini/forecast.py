@@ -1,13 +1,13 @@
 """What a run will cost, and whether its noise will drown what it learns: `fedmini plan` prints this."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fedmini.config import RunConfig
-from fedmini.planning import num_releases
+from fedmini import metrics
 from fedmini.privacy import accounting, encoding
 from fedmini.sums import download_bytes, mean_denominator, noise_std_of_sum, upload_bytes
-from fedmini.types import Manifest, UnitPlan
+from fedmini.types import Manifest, Unit, UnitPlan
 
 NOISE_TO_SIGNAL_LIMIT = 3.0
 
@@ -23,6 +23,16 @@ class UnitForecast:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationForecast:
+    """What the devices' own evaluations will cost, beside the training, and how much they can say."""
+
+    num_evaluations: int
+    units: tuple[UnitForecast, ...]
+    epsilon_together: Mapping[Unit, float]  # of training and evaluations, as if every unit were in both
+    error: float  # one standard deviation of the noise in the loss, nats a token, if all goes as planned
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """What a run will cost and whether its noise will drown what it learns."""
 
@@ -33,21 +43,51 @@ class Forecast:
     num_coordinates: int
     upload_bytes_per_device: int
     download_bytes_per_device: int
+    evaluation: "EvaluationForecast | None"
 
 
-def forecast(manifest: Manifest, config: RunConfig) -> Forecast:
+def forecast(manifest: Manifest) -> Forecast:
     """What a run of this manifest will cost, if all goes well; its spare attempts are counted as used."""
     release = manifest.release
     ratio = _noise_to_signal(manifest)
     is_drowned = ratio is not None and ratio > NOISE_TO_SIGNAL_LIMIT
     return Forecast(
-        units=tuple(_unit_forecast(unit, manifest, config) for unit in release.units),
+        units=tuple(_unit_forecast(unit, manifest) for unit in release.units),
         noise_to_signal=ratio,
         cohort_needed=_cohort_needed(manifest, ratio) if is_drowned and ratio is not None else None,
         rank_needed=_rank_needed(manifest, ratio) if is_drowned and ratio is not None else None,
         num_coordinates=manifest.num_coordinates,
         upload_bytes_per_device=upload_bytes(manifest),
         download_bytes_per_device=download_bytes(manifest),
+        evaluation=_evaluation_forecast(manifest),
+    )
+
+
+def _evaluation_forecast(manifest: Manifest) -> EvaluationForecast | None:
+    evaluated = manifest.for_evaluation
+    if evaluated is None:
+        return None
+    release = evaluated.release
+    num_units = release.cohort_size * (evaluated.local.expected_batch_size if release.sums_examples else 1.0)
+    together = {
+        unit.unit: accounting.compose(
+            [
+                (accounting.event_of(one, plan), plan.release.max_releases)
+                for plan in (manifest, evaluated)
+                for one in plan.release.units
+                if one.unit == unit.unit
+            ],
+            unit.target_delta,
+        )
+        for unit in release.units
+    }
+    return EvaluationForecast(
+        num_evaluations=evaluated.num_rounds,
+        units=tuple(_unit_forecast(unit, evaluated) for unit in release.units),
+        epsilon_together=together,
+        error=metrics.expected_evaluation_error(
+            num_units, release.encoding_norm, noise_std_of_sum(evaluated, release.cohort_size)
+        ),
     )
 
 
@@ -89,9 +129,9 @@ def _rank_needed(manifest: Manifest, ratio: float) -> int | None:
     return rank if rank >= 1 else None
 
 
-def _unit_forecast(unit: UnitPlan, manifest: Manifest, config: RunConfig) -> UnitForecast:
+def _unit_forecast(unit: UnitPlan, manifest: Manifest) -> UnitForecast:
     event = accounting.event_of(unit, manifest)
-    releases = num_releases(config)
+    releases = manifest.release.max_releases
     lone = None
     if unit.noise == "shared" and unit.num_shares > 1:
         bound = encoding.sensitivity(unit.clip_norm, unit.scale, manifest.num_coordinates)

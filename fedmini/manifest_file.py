@@ -3,13 +3,11 @@
 What is in range can still be a bad bargain: whether a device agrees to it is decided in floors.py.
 """
 
-import json
 import math
-from dataclasses import asdict
 from functools import cache
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedmini.errors import UpdateError
 from fedmini.types import Manifest, Unit
@@ -17,16 +15,24 @@ from fedmini.types import Manifest, Unit
 MAX_BYTES = 2**20
 MAX_COORDINATES = 2**26  # a device's upload is then 256 MiB
 
+
+def _each_unit_once(budgets: tuple[tuple[Unit, float], ...]) -> tuple[tuple[Unit, float], ...]:
+    if len({unit for unit, _ in budgets}) != len(budgets):
+        raise ValueError("target_epsilon has two budgets for one unit")
+    return budgets
+
+
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Wide = Annotated[float, Field(gt=0, le=1e15)]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Budgets = Annotated[tuple[tuple[Unit, Positive], ...], Field(max_length=2), AfterValidator(_each_unit_once)]
 Name = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]
 
 
 def canonical(manifest: Manifest) -> bytes:
     """The bytes whose SHA-256 is the manifest's hash: JSON of every field, sorted, without spaces."""
-    return json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":")).encode()
+    return manifest.canonical
 
 
 def parse(content: bytes) -> Manifest:
@@ -64,7 +70,7 @@ def _explain(error: ValidationError) -> str:
 
 
 class _Fields(BaseModel):
-    """The ranges of a dataclass in types.py, field for field; tests/test_manifest_file.py compares the names."""
+    """The ranges of a dataclass in types/plans.py, field for field; tests/test_manifest_file.py compares the names."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -124,6 +130,15 @@ class _ReleasePlan(_Fields):
         return self
 
 
+class _EvaluationPlan(_Fields):
+    every: Count
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+    expected_examples: Positive
+    num_evaluations: Count
+    release: _ReleasePlan
+    target_epsilon: Budgets
+
+
 class _Manifest(_Fields):
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
     base_fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -135,7 +150,8 @@ class _Manifest(_Fields):
     local: _LocalPlan
     release: _ReleasePlan
     num_rounds: Count
-    target_epsilon: Annotated[tuple[tuple[Unit, Positive], ...], Field(max_length=2)]
+    target_epsilon: Budgets
+    evaluation: _EvaluationPlan | None = None
 
     @model_validator(mode="after")
     def _each_name_once(self) -> Self:
@@ -144,6 +160,4 @@ class _Manifest(_Fields):
             raise ValueError("template is not sorted by name, or has a name twice")
         if sum(math.prod(shape) for _, shape in self.template) > MAX_COORDINATES:
             raise ValueError(f"template has more than {MAX_COORDINATES} coordinates")
-        if len({unit for unit, _ in self.target_epsilon}) != len(self.target_epsilon):
-            raise ValueError("target_epsilon has two budgets for one unit")
         return self

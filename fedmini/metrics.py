@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 NAMES = ("units", "loss", "targets", "clipped")
+EVALUATION_NAMES = ("units", "loss")  # of an evaluation, whose vector is nothing but these
 METRIC_SHARE = 0.1  # of the clip norm: what is left for the gradient is 0.995 of it
 LOSS_CAP = 10.0  # nats a token; a uniform guess over 22,000 words
 
@@ -33,18 +34,46 @@ def room_for_vector(clip_norm: float) -> float:
     return clip_norm * math.sqrt(1 - METRIC_SHARE**2)
 
 
+def capped(losses: ArrayLike) -> NDArray[np.float64]:
+    """Within [0, LOSS_CAP]; what is not a number counts as the cap."""
+    return np.clip(np.nan_to_num(np.asarray(losses, np.float64), nan=LOSS_CAP, posinf=LOSS_CAP), 0, LOSS_CAP)
+
+
 def coordinates(
     losses: ArrayLike, targets: ArrayLike, clipped: ArrayLike, clip_norm: float, max_length: int
 ) -> NDArray[np.float64]:
     """Metric coordinates of n units, shape (n, 4). `losses` in nats a token; a loss that is not finite counts as the cap."""
-    capped = np.clip(np.nan_to_num(np.asarray(losses, np.float64), nan=LOSS_CAP, posinf=LOSS_CAP), 0, LOSS_CAP)
+    bounded = capped(losses)
     columns = (
-        np.ones_like(capped),
-        capped / LOSS_CAP,
+        np.ones_like(bounded),
+        bounded / LOSS_CAP,
         np.clip(np.asarray(targets, np.float64) / max_length, 0, 1),
         np.asarray(clipped, np.float64),
     )
     return np.stack(columns, axis=-1) * _step(clip_norm)
+
+
+def evaluation_coordinates(losses: ArrayLike, clip_norm: float) -> NDArray[np.float64]:
+    """What n units say of their losses in an evaluation, shape (n, 2): each of a norm of at most `clip_norm`."""
+    bounded = capped(losses)
+    return np.stack((np.ones_like(bounded), bounded / LOSS_CAP), axis=-1) * _evaluation_step(clip_norm)
+
+
+def decode_evaluation(sums: NDArray[np.float64], clip_norm: float, noise_std: float) -> tuple[float, float] | None:
+    """The units' mean loss, and one standard deviation of the noise in it; None where the noise drowns the count.
+
+    `sums` is the decoded sum, shape (2,), `noise_std` that of the noise in each of its coordinates.
+    """
+    units, loss = (float(value) for value in sums / _evaluation_step(clip_norm))
+    error = noise_std / _evaluation_step(clip_norm)
+    if units <= 3 * error or units <= 0:
+        return None
+    return loss / units * LOSS_CAP, _error_of_ratio(loss / units, error / units) * LOSS_CAP
+
+
+def expected_evaluation_error(num_units: float, clip_norm: float, noise_std: float) -> float:
+    """What `decode_evaluation`'s error is for so many units, in nats a token, whose loss lies in the middle of its range."""
+    return _error_of_ratio(0.5, noise_std / _evaluation_step(clip_norm) / num_units) * LOSS_CAP
 
 
 def decode(sums: NDArray[np.float64], clip_norm: float, max_length: int, noise_std: float) -> MetricSums | None:
@@ -68,6 +97,10 @@ def decode(sums: NDArray[np.float64], clip_norm: float, max_length: int, noise_s
 def _error_of_ratio(ratio: float, relative_error: float) -> float:
     """First order: both the sum and the count that divides it carry the same noise."""
     return relative_error * math.hypot(1.0, ratio)
+
+
+def _evaluation_step(clip_norm: float) -> float:
+    return clip_norm / math.sqrt(len(EVALUATION_NAMES))
 
 
 def _step(clip_norm: float) -> float:

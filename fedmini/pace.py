@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedmini import files
+from fedmini import files, schedule
 from fedmini.config import RunConfig
 from fedmini.types import Manifest
 
@@ -32,18 +32,16 @@ class Pace:
 def forecast_seconds(pace: Pace, manifest: Manifest, config: RunConfig) -> float:
     """How long the rounds and evaluations of a run take at a known pace; loading comes on top."""
     trained = manifest.num_rounds * num_trained(manifest, manifest.release.cohort_size)
-    evaluated = num_evaluations(manifest.num_rounds, config.evaluation.every) * config.evaluation.max_examples
+    evaluated = schedule.num_measured(config.evaluation.every, manifest.num_rounds) * config.evaluation.max_examples
+    if manifest.evaluation is not None:
+        plan = manifest.evaluation
+        evaluated += round(plan.num_evaluations * plan.release.cohort_size * plan.expected_examples)
     return pace.train_seconds / pace.num_trained * trained + pace.evaluation_seconds / pace.num_evaluated * evaluated
 
 
 def num_trained(manifest: Manifest, num_devices: int) -> float:
     """Examples that a round of so many devices is expected to train on."""
     return num_devices * manifest.local.num_steps * manifest.local.expected_batch_size
-
-
-def num_evaluations(num_rounds: int, every: int) -> int:
-    """Before the first round, after every so many, and at the end."""
-    return sum(round_num % every == 0 or round_num == num_rounds for round_num in range(num_rounds + 1))
 
 
 def remember(cache_dir: Path, config: RunConfig, pace: Pace) -> None:

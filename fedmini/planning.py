@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmini import metrics, vectors
+from fedmini import evaluation_planning, metrics, vectors
 from fedmini.config import DevicePrivacy, ExamplePrivacy, RunConfig
 from fedmini.errors import ConfigError
 from fedmini.privacy import accounting, encoding
@@ -15,7 +15,6 @@ from fedmini.server_step import ServerPlan, num_asked
 from fedmini.types import LocalPlan, LoraShape, Manifest, NoiseSource, ReleasePlan, Template, Unit, UnitPlan
 
 PLAIN_NORM = 64.0  # range of an update that nothing clips: only the encoding needs one
-PLAIN_LEVELS = 2**20  # integers per range, for vectors that need no integer noise; less where many devices are summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +56,17 @@ def make_manifest(config: RunConfig, run_id: str, base: Base, cache_dir: Path | 
     sections = _protected(config)
     units = {unit: _plan_unit(unit, section, config, num_coordinates, cache_dir) for unit, section in sections}
     budgets = tuple((unit, section.target_epsilon) for unit, section in sections if section.target_epsilon is not None)
+    release = _release_plan(config, local, units, num_coordinates, num_metrics)
     return Manifest(
         run_id=run_id,
         base_fingerprint=base.fingerprint,
         lora=lora_shape(config),
         template=base.template,
         local=local,
-        release=_release_plan(config, local, units, num_coordinates, num_metrics),
+        release=release,
         num_rounds=config.rounds.num_rounds,
         target_epsilon=budgets,
+        evaluation=evaluation_planning.plan_evaluation(config, release, cache_dir),
     )
 
 
@@ -89,11 +90,12 @@ def _protected(config: RunConfig) -> list[tuple[Unit, ExamplePrivacy | DevicePri
 
 
 def _local_plan(config: RunConfig) -> LocalPlan:
-    local = config.local
+    local, devices = config.local, config.evaluation.devices
+    num_trained_on = config.data.max_examples_per_device * (1 - devices.fraction if devices is not None else 1)
     return LocalPlan(
         num_steps=local.num_steps,
         sampling_rate=local.sampling_rate,
-        expected_batch_size=local.expected_batch_size or local.sampling_rate * config.data.max_examples_per_device,
+        expected_batch_size=local.expected_batch_size or local.sampling_rate * num_trained_on,
         learning_rate=local.learning_rate,
         optimizer=local.optimizer,
         max_length=local.max_length,
@@ -201,7 +203,7 @@ def _release_plan(
         )
     else:
         norm = PLAIN_NORM if example is None else _range_under_local_noise(local, example, num_coordinates)
-        scale, bits = min(PLAIN_LEVELS, 2**30 // most_asked) / norm, 32
+        scale, bits = encoding.plain_scale(norm, most_asked), 32
     return ReleasePlan(
         example=example,
         device=device,

@@ -12,17 +12,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmini import cohorts, metrics, sums
-from fedmini.errors import AttemptsError, CohortError, PrivacyBudgetError, ProtocolError, StateError
-from fedmini.privacy import accounting, encoding, noise
+from fedmini import attempts, cohorts, metrics, sums
+from fedmini.errors import AttemptsError, StateError
 from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import Streams
 from fedmini.server_step import ServerPlan, num_asked, server_step
 from fedmini.types import (
     Aggregate,
-    CohortSum,
     DeviceId,
-    IntVector,
     Manifest,
     Roster,
     RoundReport,
@@ -102,7 +99,7 @@ def run_round(
             aggregate = _attempt(state, run, sum_cohort, ledger, attempt)
             aggregates.save(aggregate)
             return _committed(state, run, aggregate, ledger, started)
-        except _LostCohortError as error:
+        except attempts.LostCohortError as error:
             state = replace(state, participations=cohorts.participations(state, error.roster, counted=False))
             if _num_lost(state, run, ledger, attempt) > run.server.spare_attempts:
                 raise AttemptsError(
@@ -122,14 +119,6 @@ def _num_lost(state: ServerState, run: Run, ledger: Ledger, attempt: int) -> int
     return ledger.num_debits_until(state.round_num + 1, attempt) - state.round_num
 
 
-class _LostCohortError(CohortError):
-    """Too few devices of a roster were left *after* the debit."""
-
-    def __init__(self, message: str, roster: Roster) -> None:
-        super().__init__(message)
-        self.roster = roster
-
-
 def _check_kept(kept: Aggregate, run: Run, ledger: Ledger) -> None:
     """Raise StateError unless a sum that was kept was paid for, and fits the run."""
     roster, release = kept.roster, run.manifest.release
@@ -143,7 +132,7 @@ def _check_kept(kept: Aggregate, run: Run, ledger: Ledger) -> None:
 
 
 def _attempt(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger, attempt: int) -> Aggregate:
-    """The sum of one attempt, with all its noise. Raises CohortError: _LostCohortError where it was debited before."""
+    """The sum of one attempt, with all its noise. Raises CohortError: attempts.LostCohortError where it was debited before."""
     manifest, release = run.manifest, run.manifest.release
     round_num = state.round_num + 1
     chosen = cohorts.choose(
@@ -154,37 +143,15 @@ def _attempt(state: ServerState, run: Run, sum_cohort: SumCohort, ledger: Ledger
         run.streams("cohort", "round", round_num, "attempt", attempt),
     )
     task = TrainTask(manifest.hash, round_num, attempt, state.adapter)
-    rosters: list[Roster] = []
+    abandoned = max(0, ledger.num_debits - state.round_num)  # debited, never committed: everybody may have been in them
 
-    def debit(roster: Roster) -> None:
-        if rosters:
-            raise ProtocolError(f"round {round_num}: the roster was fixed twice")
-        _check_roster(roster, task, run, chosen)
-        if len(roster.devices) < release.min_survivors:
-            raise CohortError(
-                f"{len(roster.devices)} devices came, {release.min_survivors} are needed; nothing was spent"
-            )
-        _debit(roster, state, run, ledger)
-        rosters.append(roster)
+    def pay(roster: Roster) -> None:
+        counts = (state.participations[device].count for device in roster.devices if device in state.participations)
+        participation = max(counts, default=0) + abandoned + 1
+        attempts.debit(roster, manifest, ledger, participation, is_seeded=run.is_seeded)
 
-    try:
-        cohort = sum_cohort(chosen, task, debit)
-    except CohortError as error:
-        if rosters:
-            raise _LostCohortError(str(error), rosters[0]) from error
-        raise CohortError(f"round {round_num}: {error}") from error
-    if not rosters:
-        raise CohortError(f"round {round_num}: a sum came, but no roster was ever fixed")
-    if cohort.num_devices > len(rosters[0].devices):
-        raise ProtocolError(
-            f"round {round_num}: a sum of {cohort.num_devices} devices came, {len(rosters[0].devices)} on the roster"
-        )
-    if cohort.num_devices < release.min_survivors:
-        raise _LostCohortError(
-            f"{cohort.num_devices} devices were left, {release.min_survivors} are needed; what was debited stays spent",
-            rosters[0],
-        )
-    return Aggregate(rosters[0], cohort.num_devices, _noised_by_server(cohort, run, round_num, attempt))
+    roster, cohort = attempts.sum_attempt(manifest, chosen, task, sum_cohort, pay)
+    return Aggregate(roster, cohort.num_devices, attempts.noised_by_server(cohort, manifest, run.streams, task))
 
 
 def _committed(
@@ -193,7 +160,7 @@ def _committed(
     """The state after a round whose sum is there: the same for the same sum, whenever it is taken."""
     manifest, roster = run.manifest, aggregate.roster
     total = aggregate.integers / manifest.release.scale
-    mean = total[: manifest.num_coordinates - manifest.release.num_metrics] / sums.mean_denominator(manifest)
+    mean = total[: manifest.num_trained] / sums.mean_denominator(manifest)
     new_state = replace(
         server_step(state, mean, manifest, run.server),
         round_num=roster.round_num,
@@ -207,55 +174,6 @@ def _committed(
         num_sampled=len(roster.devices),
         seconds=time.monotonic() - started,
     )
-
-
-def _check_roster(roster: Roster, task: TrainTask, run: Run, chosen: tuple[DeviceId, ...]) -> None:
-    """Raise ProtocolError unless a roster is about this attempt and holds devices that were asked, each once."""
-    is_this_attempt = (roster.run_id, roster.round_num, roster.attempt) == (
-        run.manifest.run_id,
-        task.round_num,
-        task.attempt,
-    )
-    is_of_chosen = len(set(roster.devices)) == len(roster.devices) and set(roster.devices) <= set(chosen)
-    if not (is_this_attempt and is_of_chosen):
-        raise ProtocolError(
-            f"round {task.round_num}, attempt {task.attempt}: expected a roster of this attempt that holds chosen devices, "
-            "each once; got another; nothing was spent"
-        )
-
-
-def _debit(roster: Roster, state: ServerState, run: Run, ledger: Ledger) -> None:
-    """Write what this attempt costs, before any contribution is asked for; refuse where it would pass the budget."""
-    manifest = run.manifest
-    if not manifest.release.units:
-        return
-    events = [accounting.event_of(unit, manifest) for unit in manifest.release.units]
-    abandoned = max(0, ledger.num_debits - state.round_num)  # debited, never committed: everybody may have been in them
-    counts = (state.participations[device].count for device in roster.devices if device in state.participations)
-    participation = max(counts, default=0) + abandoned + 1
-    if ledger.is_debited(roster.round_num, roster.attempt):
-        ledger.debit(roster, events, participation, run.is_seeded)  # a replay of the same bits, or an error
-        return
-    budgets = dict(manifest.target_epsilon)
-    for unit, event in zip(manifest.release.units, events, strict=True):
-        budget = budgets.get(unit.unit, math.inf)
-        after = ledger.epsilon_after(event, participation, unit.target_delta)
-        if after > budget * (1 + 1e-9):
-            raise PrivacyBudgetError(
-                f"round {roster.round_num} would bring the {unit.unit} epsilon to {after:.4g}, the budget is {budget:g}: "
-                "the run ends here, with everything up to the round before saved"
-            )
-    ledger.debit(roster, events, participation, run.is_seeded)
-
-
-def _noised_by_server(cohort: CohortSum, run: Run, round_num: int, attempt: int) -> IntVector:
-    """The sum as integers, with the server's noise added over the integers where the plan says so. (num_coordinates,)"""
-    release = run.manifest.release
-    integers = encoding.unwrap(cohort.total, release.modulus_bits)
-    if release.device is not None and release.device.noise == "server":
-        stream = run.streams("server noise", "round", round_num, "attempt", attempt)
-        integers = integers + noise.discrete_gaussian(release.device.noise_variance, len(integers), stream)
-    return integers
 
 
 def _report(

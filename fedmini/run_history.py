@@ -1,15 +1,44 @@
 """Where a run stands: the state that it goes on from, and the line that each round leaves in its metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from fedmini import checkpoint
+from fedmini.device_evaluation import DeviceEvaluations, DeviceLoss
 from fedmini.errors import StateError
 from fedmini.model import runtime
 from fedmini.privacy.ledger import Ledger
 from fedmini.rundir import RunDirectory
-from fedmini.types import Adapter, Manifest, RoundReport, ServerState
+from fedmini.types import Adapter, LedgerPosition, Manifest, RoundReport, ServerState
+
+POSITION = "evaluation_ledger"  # in a round's line: where the evaluations' ledger stood when it was written
+
+
+@contextmanager
+def opened_ledgers(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[Ledger, Ledger | None]]:
+    """A run's ledger, and that of its evaluations on devices where it has any; both locked, and closed at the end."""
+    with Ledger.open(directory.ledger, manifest.run_id) as ledger:
+        if manifest.for_evaluation is None:
+            yield ledger, None
+            return
+        with Ledger.open(directory.evaluation_ledger, manifest.for_evaluation.run_id) as evaluation_ledger:
+            yield ledger, evaluation_ledger
+
+
+def check_evaluations(history: Sequence[Mapping[str, Any]], evaluation_ledger: Ledger | None) -> None:
+    """Raise StateError where the metrics hold an evaluation whose cost the ledger doesn't know."""
+    known = [line[POSITION] for line in history if line.get(POSITION) is not None]
+    if known and evaluation_ledger is not None:
+        evaluation_ledger.verify(LedgerPosition(**known[-1]))
+
+
+def add_evaluation(line: dict[str, Any], found: DeviceLoss, evaluations: DeviceEvaluations, ledger: Ledger) -> None:
+    """Put what devices measured into its round's line, with what training and evaluations have cost together."""
+    position = asdict(evaluations.ledger.position)
+    line |= {"device_loss": found.loss, "device_loss_error": found.error, POSITION: position}
+    line["epsilon"] = dict(evaluations.spent(ledger))
 
 
 def starting_point(

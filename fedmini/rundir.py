@@ -3,6 +3,7 @@
 RUN/config.toml       RUN/manifest.json     RUN/metrics.jsonl     RUN/ledger.jsonl     RUN/privacy.json
 RUN/report.html       RUN/checkpoints/round-0007/...              RUN/adapter/...      (plain PEFT)
 RUN/devices/...       (with secure aggregation: each device's own ledger)
+RUN/evaluation-ledger.jsonl      (where devices evaluate: what that cost)
 """
 
 import json
@@ -39,6 +40,10 @@ class RunDirectory:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
+
+    @property
+    def evaluation_ledger(self) -> Path:
+        return self.path / "evaluation-ledger.jsonl"
 
     @property
     def privacy(self) -> Path:
@@ -140,5 +145,5 @@ def replace(path: Path, content: bytes, then: str = "run with --resume") -> None
 
 def _foreign_files(path: Path) -> list[str]:
     """What a run that was killed before it began does not leave behind."""
-    ours = {"config.toml", "ledger.jsonl"}
+    ours = {"config.toml", "ledger.jsonl", "evaluation-ledger.jsonl"}
     return [name for name in os.listdir(path) if name not in ours and not name.startswith(".")]

@@ -1,14 +1,15 @@
 """privacy.json: what a run promises, to whom, on what grounds, and what it does not; for a reader who checks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fedmini.privacy import accounting, encoding
-from fedmini.privacy.ledger import Ledger
+from fedmini.privacy.ledger import Ledger, epsilon_over
 from fedmini.secagg import checks
 from fedmini.secagg.messages import VERSION
-from fedmini.types import ADJACENCY, Manifest, UnitPlan
+from fedmini.types import ADJACENCY, EvaluationManifest, Manifest, PrivacyEvent, UnitPlan
 
 NOT_COVERED = (
     "that a device took part at all, and joining or leaving",
@@ -36,20 +37,27 @@ SEEDED = (
 
 
 def privacy_statement(
-    manifest: Manifest, ledger: Ledger, *, is_secure: bool, is_simulated: bool = True
+    manifest: Manifest,
+    ledger: Ledger,
+    evaluation_ledger: Ledger | None = None,
+    *,
+    is_secure: bool,
+    is_simulated: bool = True,
 ) -> dict[str, Any]:
-    """The statement of a run as it stands, every epsilon computed from its ledger.
+    """The statement of a run as it stands, every epsilon computed from its ledger, and that of its evaluations on devices.
 
     `is_secure`: whether the sums were formed by secure aggregation. `is_simulated`: whether all of it was one process.
     """
     units = manifest.release.units
-    is_seeded = ledger.was_seeded
+    ledgers = (ledger,) if evaluation_ledger is None else (ledger, evaluation_ledger)
+    is_seeded = any(one.was_seeded for one in ledgers)
     return {
         "run_id": manifest.run_id,
         "manifest_hash": manifest.hash,
-        "is_private": bool(units) and not is_seeded and all(math.isfinite(_spent(unit, ledger)) for unit in units),
-        "summary": _summary(manifest, ledger),
-        "guarantees": [_guarantee(unit, manifest, ledger) for unit in units],
+        "is_private": bool(units) and not is_seeded and all(math.isfinite(_spent(unit, ledgers)) for unit in units),
+        "summary": _summary(manifest, ledgers),
+        "guarantees": [_guarantee(unit, manifest, ledgers) for unit in units],
+        "evaluation_on_devices": _evaluation(manifest, evaluation_ledger),
         "ledger_lines": ledger.position.seq,
         "ledger_hash": ledger.position.hash,
         "noise_was_seeded": is_seeded,
@@ -60,32 +68,49 @@ def privacy_statement(
     }
 
 
-def _summary(manifest: Manifest, ledger: Ledger) -> str:
+def _evaluation(manifest: Manifest, ledger: Ledger | None) -> dict[str, Any] | None:
+    """What the devices' evaluations cost by themselves; None where there are none."""
+    evaluated, plan = manifest.for_evaluation, manifest.evaluation
+    if evaluated is None or plan is None or ledger is None:
+        return None
+    return {
+        "measures": f"the mean loss on the {plan.fraction:.0%} of each device's examples that are never trained on",
+        "guarantees": [_guarantee(unit, evaluated, (ledger,)) for unit in evaluated.release.units],
+        "ledger_lines": ledger.position.seq,
+        "ledger_hash": ledger.position.hash,
+        "composed": "the epsilon of each guarantee above holds for training and evaluations together, as if every unit had been "
+        "in both; an example is in one of the two only",
+    }
+
+
+def _summary(manifest: Manifest, ledgers: Sequence[Ledger]) -> str:
     units = manifest.release.units
     if not units:
         return NO_PRIVACY
     parts = [
-        f"epsilon = {accounting.rounded_up(_spent(unit, ledger))} at delta = {unit.target_delta:g} for {ADJACENCY[unit.unit]}"
+        f"epsilon = {accounting.rounded_up(_spent(unit, ledgers))} at delta = {unit.target_delta:g} for {ADJACENCY[unit.unit]}"
         for unit in units
     ]
     text = "; and, as a separate guarantee, ".join(parts) + "."
-    return f"{SEEDED} Nominally: {text}" if ledger.was_seeded else text
+    return f"{SEEDED} Nominally: {text}" if any(one.was_seeded for one in ledgers) else text
 
 
-def _spent(unit: UnitPlan, ledger: Ledger) -> float:
-    return ledger.epsilon(unit.unit, unit.target_delta)
+def _spent(unit: UnitPlan, ledgers: Sequence[Ledger]) -> float:
+    return epsilon_over(ledgers, unit.unit, unit.target_delta)
 
 
-def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, Any]:
+def _guarantee(unit: UnitPlan, manifest: Manifest, ledgers: Sequence[Ledger]) -> dict[str, Any]:
+    """One unit's, in everything that these ledgers hold; the mechanism is that of the first's releases."""
+    ledger = ledgers[0]
     event = accounting.event_of(unit, manifest)
     release = manifest.release
     found: dict[str, Any] = {
         "unit": unit.unit,
         "adjacency": ADJACENCY[unit.unit],
-        "epsilon": _spent(unit, ledger),
+        "epsilon": _spent(unit, ledgers),
         "delta": unit.target_delta,
         "budget": dict(manifest.target_epsilon).get(unit.unit),
-        "mechanism": _mechanism(unit),
+        "mechanism": _mechanism(unit, isinstance(manifest, EvaluationManifest)),
         "noise": unit.noise,
         "noise_multiplier": unit.noise_multiplier,
         "z_eff": unit.z_eff,
@@ -99,12 +124,21 @@ def _guarantee(unit: UnitPlan, manifest: Manifest, ledger: Ledger) -> dict[str, 
     if unit.noise == "shared":
         bound = encoding.sensitivity(unit.clip_norm, unit.scale, manifest.num_coordinates)
         alone = replace(event, z_eff=accounting.effective_multiplier(unit.noise_variance, 1, bound))
-        found["epsilon_of_a_lone_honest_device"] = accounting.epsilon(
-            alone, ledger.max_participation(unit.unit), unit.target_delta
-        )
+        found["epsilon_of_a_lone_honest_device"] = _lone(unit, alone, ledgers)
         found["n_honest"] = unit.num_shares
         found["min_survivors"] = release.min_survivors
     return found
+
+
+def _lone(unit: UnitPlan, alone: PrivacyEvent, ledgers: Sequence[Ledger]) -> float:
+    """What the releases in these ledgers cost where each holds one honest share: z_eff falls with the root of their number."""
+    parts = [(alone, ledgers[0].max_participation(unit.unit))]
+    for ledger in ledgers[1:]:
+        parts += [
+            (replace(event, z_eff=event.z_eff / math.sqrt(unit.num_shares)), count)
+            for event, count in ledger.composition(unit.unit)
+        ]
+    return accounting.compose(parts, unit.target_delta)
 
 
 def _secure_aggregation(manifest: Manifest) -> dict[str, Any]:
@@ -133,8 +167,10 @@ def _most_corrupt(least_devices: int, most_devices: int) -> int:
     return min(2 * checks.lowest_threshold(size) - size - 1 for size in range(least_devices, most_devices + 1))
 
 
-def _mechanism(unit: UnitPlan) -> str:
+def _mechanism(unit: UnitPlan, is_evaluation: bool) -> str:
     subject = "each example's gradient" if unit.unit == "example" else "each device's whole update"
+    if is_evaluation:
+        subject = f"each {unit.unit}'s loss, bounded, with a count of one beside it,"
     source = {
         "local": "the device adds the whole noise to the sum in every local step",
         "shared": f"every device adds a share of the noise, sized so that {unit.num_shares} shares are enough",

@@ -26,7 +26,7 @@ def a_manifest(chosen: config.RunConfig) -> Manifest:
 def test_a_target_epsilon_is_reached_from_below_with_spare_attempts_counted(tmp_path: Path) -> None:
     privacy = {"example": {"noise": "shared", "clip_norm": 1.0, "target_epsilon": 3.0, "target_delta": 1e-5}}
     chosen = a_config(tmp_path, "none", privacy=privacy, rounds={"num_rounds": 5, "spare_attempts": 2})
-    (unit,) = forecast.forecast(a_manifest(chosen), chosen).units
+    (unit,) = forecast.forecast(a_manifest(chosen)).units
     assert unit.num_releases == 7
     assert 2.99 < unit.epsilon <= 3.0
 
@@ -101,11 +101,11 @@ def test_where_the_noise_drowns_the_signal_the_plan_names_a_cohort_and_a_rank_th
     privacy = {"device": {"noise": "server", "clip_norm": 1.0, "noise_multiplier": 2.0, "target_delta": 1e-5}}
     eight = {"rounds": {"cohort_size": 8, "min_survivors": 8}, "lora": {"lora_rank": 4}}
     chosen = a_config(tmp_path, "none", privacy=privacy, **eight)
-    found = forecast.forecast(a_manifest(chosen), chosen)
+    found = forecast.forecast(a_manifest(chosen))
     assert found.noise_to_signal == pytest.approx(2 * math.sqrt(260) / 8, rel=0.01)
     assert found.cohort_needed == 11
     better = a_config(tmp_path, "none", privacy=privacy, rounds={"cohort_size": 11, "min_survivors": 8})
-    assert forecast.forecast(a_manifest(better), better).cohort_needed is None
+    assert forecast.forecast(a_manifest(better)).cohort_needed is None
     assert found.rank_needed == 2
 
 
@@ -115,21 +115,21 @@ def test_shared_noise_is_one_noise_whatever_the_number_of_devices(tmp_path: Path
     for privacy in ("example-shared", "example-local"):
         for cohort in (8, 16):
             chosen = a_config(tmp_path, privacy, rounds={"cohort_size": cohort, "min_survivors": cohort})
-            ratios[privacy, cohort] = forecast.forecast(a_manifest(chosen), chosen).noise_to_signal
+            ratios[privacy, cohort] = forecast.forecast(a_manifest(chosen)).noise_to_signal
     assert ratios["example-shared", 8] / ratios["example-shared", 16] == pytest.approx(2, rel=0.01)
     assert ratios["example-local", 8] / ratios["example-local", 16] == pytest.approx(math.sqrt(2), rel=0.01)
 
 
 def test_a_lone_honest_device_is_worth_less_and_the_forecast_says_how_much(tmp_path: Path) -> None:
     chosen = a_config(tmp_path, "device-shared")
-    (unit,) = forecast.forecast(a_manifest(chosen), chosen).units
+    (unit,) = forecast.forecast(a_manifest(chosen)).units
     assert unit.epsilon_lone is not None and unit.epsilon_lone > unit.epsilon
 
 
 def test_bytes_are_those_of_the_packed_vector_and_the_adapter(tmp_path: Path) -> None:
     chosen = a_config(tmp_path, "device-shared")
     manifest = a_manifest(chosen)
-    found = forecast.forecast(manifest, chosen)
+    found = forecast.forecast(manifest)
     assert found.num_coordinates == 64 * 4 + 4
     assert found.upload_bytes_per_device == math.ceil(260 * manifest.release.modulus_bits / 8)
     assert found.download_bytes_per_device == 4 * 256

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmini import cohorts, config, planning, rounds
+from fedmini import attempts, cohorts, config, planning, rounds
 from fedmini.errors import CohortError, PrivacyBudgetError, ProtocolError, StateError
 from fedmini.privacy import encoding
 from fedmini.privacy.ledger import Ledger
@@ -315,11 +315,13 @@ def test_the_server_adds_noise_where_it_is_the_servers_and_only_there(ledger: Le
 
 def test_the_servers_noise_has_the_planned_size(ledger: Ledger) -> None:
     """Noise multiplier 1, clip norm 1, cohort 8: a standard deviation of 1/8 in each coordinate of the mean."""
-    draws = []
+    draws, task = [], TrainTask("", 1, 0, {})
     for seed in range(200):
         run = replace(a_run(seed=seed), is_replayed=True)
-        total = sends(run, [0.0] * 6)(DEVICES[:8], TrainTask("", 1, 0, {}), lambda roster: None)
-        draws.append(rounds._noised_by_server(total, run, 1, 0)[:6] / run.manifest.release.scale / 8)
+        total = sends(run, [0.0] * 6)(DEVICES[:8], task, lambda roster: None)
+        draws.append(
+            attempts.noised_by_server(total, run.manifest, run.streams, task)[:6] / run.manifest.release.scale / 8
+        )
     assert np.std(draws) == pytest.approx(1 / 8, rel=0.06)
 
 

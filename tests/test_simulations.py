@@ -16,7 +16,7 @@ def plan(name: str) -> tuple[config.RunConfig, forecast.Forecast]:
     known = shapes._llama_shapes(packaged.PACKAGED[str(chosen.base.name)].config)
     base = planning.Base("base", shapes.template(known, planning.lora_shape(chosen)))
     manifest = planning.make_manifest(chosen, "run", base, None)
-    return chosen, forecast.forecast(manifest, chosen)
+    return chosen, forecast.forecast(manifest)
 
 
 def test_the_four_of_them_are_there() -> None:

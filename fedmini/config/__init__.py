@@ -12,6 +12,7 @@ from fedmini.config.device_sections import (
 from fedmini.config.sections import (
     BaseSection,
     DataSection,
+    DeviceEvaluationSection,
     DevicePrivacy,
     EvaluationSection,
     ExamplePrivacy,
@@ -43,6 +44,7 @@ __all__ = [
     "ConsentSection",
     "DataSection",
     "DeviceConfig",
+    "DeviceEvaluationSection",
     "DevicePrivacy",
     "DeviceSection",
     "EvaluationSection",

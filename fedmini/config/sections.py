@@ -155,10 +155,20 @@ class PrivacySection(Section):
         return self
 
 
+class DeviceEvaluationSection(Section):
+    """Devices measure the loss on what they hold back from training: a release of its own, noised as the run's is."""
+
+    every: Count = 1  # rounds; before the first and after the last one too
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a device's examples
+    target_epsilon: Positive | None = None  # of all evaluations together, beside the training's
+    noise_multiplier: Positive | None = None
+
+
 class EvaluationSection(Section):
     source: str = "held_out"  # the people held out of a simulation, or a JSONL file
     every: Count = 1  # rounds
     max_examples: Count = 256
+    devices: DeviceEvaluationSection | None = None  # None: nobody evaluates on a device
 
 
 class SimulationSection(Section):
@@ -193,6 +203,24 @@ class RunConfig(Section):
                     'local.optimizer must be "sgd" where [privacy.example] noise = "shared": '
                     'there is no local optimizer; choose rounds.server_optimizer = "adam" instead'
                 )
+        self._check_device_evaluation()
         if self.data.held_out_devices == 0 and self.evaluation.source == "held_out":
             raise ValueError("data.held_out_devices is 0: hold people out, or give a file as evaluation.source")
         return self
+
+    def _check_device_evaluation(self) -> None:
+        """Its noise is the run's kind, against whom it holds too: so there is none where each device trusts itself alone."""
+        section, example = self.evaluation.devices, self.privacy.example
+        if section is None:
+            return
+        if example is not None and example.noise == "local":
+            raise ValueError(
+                '[evaluation.devices] can\'t stand beside [privacy.example] noise = "local": its noise would be shared, which '
+                "trusts the other devices, and the run's does not; remove it"
+            )
+        num_given = sum(value is not None for value in (section.target_epsilon, section.noise_multiplier))
+        if num_given != (0 if self.privacy.none else 1):
+            raise ValueError(
+                "[evaluation.devices] needs exactly one of target_epsilon and noise_multiplier"
+                + (", and neither where [privacy] none = true" if self.privacy.none else "")
+            )

@@ -13,9 +13,10 @@ from typing import NoReturn, TypeAlias
 
 from fedmini import events, run_history, server_folder
 from fedmini.deployment import run_files
+from fedmini.deployment.evaluating import ServedRunParts
 from fedmini.deployment.roll_call import RollCall
 from fedmini.deployment.run_files import RunFiles
-from fedmini.deployment.served_run import ServedRun, ServedRunParts
+from fedmini.deployment.served_run import ServedRun
 from fedmini.deployment.server_model import initial_adapter
 from fedmini.deployment.status import StatusFile
 from fedmini.errors import FedMiniError, LinkError
@@ -23,7 +24,6 @@ from fedmini.events import Emit
 from fedmini.flower import gate
 from fedmini.flower.loopback_token import HEADER
 from fedmini.flower.server_link import ServerLink
-from fedmini.privacy.ledger import Ledger
 from fedmini.randomness import FROM_OS, Randomness
 from fedmini.server_folder import ServerFolder
 from fedmini.types import Manifest
@@ -52,11 +52,12 @@ def serve_over(connect: Connect, path: Path, name: str, emit: Emit, randomness: 
     files = run_files.open_run(folder.run_folder(name), folder.trust)
     status = StatusFile(path / STATE)
     run_history.check_saved_together(files.directory)
-    with Ledger.open(files.directory.ledger, files.manifest.run_id) as ledger:
+    with run_history.opened_ledgers(files.directory, files.manifest) as (ledger, evaluation_ledger):
         run_files.begin(files)
         state, history = run_history.starting_point(
             files.manifest, lambda: initial_adapter(files.manifest), files.directory, ledger
         )
+        run_history.check_evaluations(history, evaluation_ledger)
         link, roll = connect(folder, files)
         try:
             _begin(link, status)
@@ -71,7 +72,7 @@ def serve_over(connect: Connect, path: Path, name: str, emit: Emit, randomness: 
                 status=status,
                 emit=emit,
             )
-            ServedRun(parts, ledger, state, history).run()
+            ServedRun(parts, ledger, state, history, evaluation_ledger).run()
             link.end()
         finally:
             link.close()

@@ -21,8 +21,16 @@ FOLDER_SECONDS = 2.0  # between two looks at who was revoked
 class FlowerExchange:
     """One run's exchanges. What a device does not answer in time, or not usably, costs it the round and nobody else."""
 
-    def __init__(self, link: ServerLink, roll: RollCall, manifest_hash: str, timing: TimingSection, emit: Emit) -> None:
-        self._link, self._roll, self._manifest_hash, self._emit = link, roll, manifest_hash, emit
+    def __init__(
+        self,
+        link: ServerLink,
+        roll: RollCall,
+        about: Mapping[str, str],
+        timing: TimingSection,
+        emit: Emit,
+    ) -> None:
+        """`about`: the fields of every request, beside its stage: the hash of the run's manifest, and what is released."""
+        self._link, self._roll, self._about, self._emit = link, roll, about, emit
         self._seconds: Mapping[Stage, float] = {
             Stage.ADVERTISE: timing.advertise_s,
             Stage.SHARE: timing.share_s,
@@ -57,8 +65,7 @@ class FlowerExchange:
                     continue
                 order.append(device)
                 self.sent[device] += len(request)
-                fields = {"manifest": self._manifest_hash, "stage": stage.name}
-                yield node, Envelope("request", fields, request)
+                yield node, Envelope("request", {**self._about, "stage": stage.name}, request)
 
         names = list(self._link.send_all(messages(), self._seconds[stage] + GRACE_SECONDS))
         return {name: device for name, device in zip(names, order, strict=True) if name is not None}

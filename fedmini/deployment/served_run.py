@@ -2,25 +2,20 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from fedmini import checkpoint, planning, report, rounds, run_history, rundir, statement, vectors
+from fedmini import checkpoint, planning, report, rounds, run_history, rundir, schedule, statement, vectors
 from fedmini.aggregates import AggregateFolder
 from fedmini.checkpoint import Checkpoint
-from fedmini.config import TimingSection
+from fedmini.deployment.evaluating import EvaluatingOnDevices, ServedRunParts, on_devices
 from fedmini.deployment.exchange import FlowerExchange
-from fedmini.deployment.roll_call import RollCall
-from fedmini.deployment.run_files import RunFiles
 from fedmini.deployment.server_model import ServerModel
-from fedmini.deployment.status import StatusFile
 from fedmini.errors import AttemptsError, CohortError, LinkError
 from fedmini.events import Emit
 from fedmini.flower.codec import Envelope
-from fedmini.flower.server_link import ServerLink
 from fedmini.privacy import accounting
 from fedmini.privacy.ledger import Ledger
-from fedmini.privacy.noise import Streams
 from fedmini.secagg.server_session import Refusal
 from fedmini.secure_sum import SecureSum
 from fedmini.server_step import num_asked
@@ -31,32 +26,29 @@ LINK_WAIT_SECONDS = 1.0
 FIRST_REST_SECONDS = 1.0  # after a round that too few devices came to; longer each time, up to timing.wait_s
 
 
-@dataclass(frozen=True, slots=True)
-class ServedRunParts:
-    """What a run is served with."""
-
-    files: RunFiles
-    link: ServerLink
-    roll: RollCall
-    timing: TimingSection
-    streams: Streams
-    is_seeded: bool  # in tests only
-    status: StatusFile
-    emit: Emit
-
-
 class ServedRun:
     """One run in progress. Whatever it has committed is on the disk; what it was doing is begun again."""
 
     def __init__(
-        self, parts: ServedRunParts, ledger: Ledger, state: ServerState, history: list[dict[str, Any]]
+        self,
+        parts: ServedRunParts,
+        ledger: Ledger,
+        state: ServerState,
+        history: list[dict[str, Any]],
+        evaluation_ledger: Ledger | None = None,
     ) -> None:
         self._parts, self._ledger, self._state, self._history = parts, ledger, state, history
         files = parts.files
         self._rest_s = FIRST_REST_SECONDS
         self._model = ServerModel(files.config, files.manifest, parts.emit)
         self._aggregates = _Announced(AggregateFolder(files.aggregates), parts.emit)
-        self._exchange = FlowerExchange(parts.link, parts.roll, files.manifest.hash, parts.timing, parts.emit)
+        self._exchange = FlowerExchange(
+            parts.link, parts.roll, {"manifest": files.manifest.hash}, parts.timing, parts.emit
+        )
+        self._on_devices: EvaluatingOnDevices | None = None
+        if evaluation_ledger is not None:
+            over_selection = files.config.rounds.over_selection
+            self._on_devices = on_devices(parts, evaluation_ledger, over_selection, self._note_refusals)
         self._run = rounds.Run(
             manifest=files.manifest,
             server=planning.server_plan(files.config),
@@ -73,6 +65,7 @@ class ServedRun:
         try:
             while self._state.round_num < manifest.num_rounds:
                 self._one_round()
+            self._evaluate_on_devices()
         except AttemptsError:
             self._finish()
             raise
@@ -84,6 +77,7 @@ class ServedRun:
         kept = self._aggregates.load(self._run.manifest.run_id, round_num)
         if kept is None:
             self._wait_for_devices(round_num)
+            self._evaluate_on_devices()
         self._parts.emit("round.planned", round=round_num, ready=len(self._parts.roll.ready()))
         try:
             state, found = rounds.run_round(self._state, self._run, self._sum_cohort, self._ledger, self._aggregates)
@@ -165,7 +159,10 @@ class ServedRun:
     def _commit(self, state: ServerState, found: RoundReport) -> None:
         """The state first, then what a reader may know of it."""
         files = self._parts.files
-        self._history.append(run_history.metrics_line(found))
+        line = run_history.metrics_line(found)
+        if self._on_devices is not None:
+            line["epsilon"] = dict(self._on_devices.evaluations.spent(self._ledger))
+        self._history.append(line)
         self._state = state
         self._save()
         AggregateFolder(files.aggregates).forget(state.round_num)
@@ -176,7 +173,7 @@ class ServedRun:
             sampled=found.num_sampled,
             seconds=round(found.seconds, 3),
             late=self._exchange.num_late,
-            **{f"epsilon_{unit}": float(accounting.rounded_up(spent)) for unit, spent in found.epsilon.items()},
+            **{f"epsilon_{unit}": float(accounting.rounded_up(spent)) for unit, spent in line["epsilon"].items()},
         )
         self._evaluate_if_due()
 
@@ -190,19 +187,33 @@ class ServedRun:
         if not self._history:
             self._history.append(run_history.metrics_line(run_history.report_of_round_zero(files.manifest)))
             self._save()
-        line, every = self._history[-1], files.config.evaluation.every
-        is_due = self._state.round_num % every == 0 or self._state.round_num == files.manifest.num_rounds
+        line = self._history[-1]
+        is_due = schedule.is_due(self._state.round_num, files.config.evaluation.every, files.manifest.num_rounds)
         if self._model.evaluates and is_due and line["eval_loss"] is None:
             line["eval_loss"] = self._model.loss(self._state.adapter)
             self._parts.emit("round.evaluated", round=self._state.round_num, loss=line["eval_loss"])
         rundir.write_metrics(files.directory, self._history)
         self._write_status("committed", {})
 
+    def _evaluate_on_devices(self) -> None:
+        """Let the devices that are ready measure the loss, where that is due; where they can't, the run goes on without it."""
+        line, own = self._history[-1], self._on_devices
+        if own is None or line["device_loss"] is not None or not own.evaluations.is_due(self._state.round_num):
+            return
+        found = own.measure(self._state.adapter, self._state.round_num)
+        if found is not None:
+            run_history.add_evaluation(line, found, own.evaluations, self._ledger)
+            self._save()
+            rundir.write_metrics(self._parts.files.directory, self._history)
+
     def _finish(self) -> None:
         """The adapter, the statement and the report; and the adapter to every device that is there."""
         files = self._parts.files
         rundir.write_metrics(files.directory, self._history)
-        privacy = statement.privacy_statement(files.manifest, self._ledger, is_secure=True, is_simulated=False)
+        evaluation_ledger = self._on_devices.evaluations.ledger if self._on_devices is not None else None
+        privacy = statement.privacy_statement(
+            files.manifest, self._ledger, evaluation_ledger, is_secure=True, is_simulated=False
+        )
         rundir.write_json(files.directory.privacy, privacy)
         self._model.write(files.directory.adapter, self._state.adapter)
         report.write_report(files.directory.path)

@@ -18,7 +18,7 @@ from fedmini.errors import (
     UpdateError,
 )
 from fedmini.flower import replies
-from fedmini.flower.codec import Envelope
+from fedmini.flower.codec import EVALUATION, Envelope
 from fedmini.flower.fleet import Received
 from fedmini.secagg import wire
 from fedmini.types import Manifest
@@ -121,10 +121,14 @@ class Answers:
         run = self._ready(envelope.text("manifest"))
         if wire.is_invitation(envelope.payload) and (held := self._held()) is not None:
             return held
-        answer = run.answer(envelope.payload)
+        is_evaluation = envelope.fields.get("release") == EVALUATION
+        answer = run.answer(envelope.payload, is_evaluation=is_evaluation)
         newest = run.newest_model()
-        if newest is not None:
+        if run.has_contributed:
             self._diary.went_well(About.ROUND)
+        if run.has_contributed and newest is None:
+            self._diary.tell("device.evaluated", run=run.manifest.run_id)
+        if newest is not None:
             self._keep(run.manifest, *newest)
             self._diary.tell("device.contributed", run=run.manifest.run_id, round=newest[0] + 1)
             self._explain(participation.why_done(self._membership.enrolled(), run.manifest))

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from fedmini import vectors
 from fedmini.conditions import DailyUsage
@@ -13,6 +14,7 @@ from fedmini.device.loaded_base import LoadedBase
 from fedmini.device.receipts import DeviceReceipt, Receipts
 from fedmini.enrolment import Enrolment
 from fedmini.errors import ProtocolError
+from fedmini.member import Member
 from fedmini.privacy import accounting
 from fedmini.randomness import Randomness
 from fedmini.secagg import wire
@@ -32,7 +34,7 @@ class Means:
 
 
 class Participation:
-    """One run, ready: the model is loaded, and stays so between messages.
+    """One run, ready to train and to evaluate: the model is loaded, and stays so between messages.
 
     `read_examples` gives the run's frozen examples, as far as they are still there: it is asked anew for each round, as
     one may have expired. Raises ModelMismatchError where this device's base is not the run's.
@@ -48,68 +50,88 @@ class Participation:
         self.manifest = manifest
         self._enrolment, self._means, self._read_examples = enrolment, means, read_examples
         self._receipts = Receipts(enrolment.folder / RECEIPTS)
-        self._task: TrainTask | None = None
+        self._given: tuple[Manifest, TrainTask] | None = None  # what the newest answer contributed to
         self._model = means.base.model(manifest)
         self._model.interrupt_by(means.interruption.check)
-        self._contributor = self._made_contributor(())  # tells at once whether the base is the run's
-        self._member = enrolment.member(manifest.hash, self._contribute, is_seeded=means.randomness.is_seeded)
+        self._contributor = self._made_contributor(manifest, ())  # tells at once whether the base is the run's
+        self._members = {False: self._made_member(is_evaluation=False)}
+        if manifest.evaluation is not None:
+            self._members[True] = self._made_member(is_evaluation=True)
 
     def __repr__(self) -> str:
         return f"Participation({self.manifest.run_id!r})"
 
-    def answer(self, request: bytes) -> bytes:
+    def answer(self, request: bytes, *, is_evaluation: bool = False) -> bytes:
         """The answer to one request of the server's, written down before it leaves where it holds a contribution.
 
         Raises a FedMiniError where this device takes no part (any more): nothing leaves it.
         """
-        self._task = None
+        self._given = None
+        manifest = self.manifest.for_evaluation if is_evaluation else self.manifest
+        if manifest is None:
+            raise ProtocolError(f"run {self.manifest.run_id!r} has no evaluations on devices")
         if wire.is_invitation(request):  # what would stop its training later stops it before it costs the run anything
             self._means.interruption.begin()
             self._means.interruption.check()
-            self._contributor = self._made_contributor(self._read_examples())
-        answer = self._member.answer(request)
-        if self._task is not None:
+            self._contributor = self._made_contributor(manifest, self._read_examples())
+            self.close()  # one round at a time, of either kind
+        answer = self._members[is_evaluation].answer(request)
+        if self._given is not None:
             self._means.usage.contributed()
-            self._receipts.append(self._receipt(self._task, answer))
+            self._receipts.append(self._receipt(*self._given, answer))
         return answer
 
     def close(self) -> None:
         """Give up what goes on, and erase its secrets."""
-        self._member.close()
+        for member in self._members.values():
+            member.close()
+
+    @property
+    def has_contributed(self) -> bool:
+        """Whether the newest answer holds a contribution."""
+        return self._given is not None
 
     def newest_model(self) -> tuple[int, bytes] | None:
-        """The model that this answer's contribution began from: (rounds committed before it, its bytes)."""
-        if self._task is None:
+        """The model that this answer's training began from: (rounds committed before it, its bytes)."""
+        if self._given is None or self._given[0] is not self.manifest:
             return None
-        return self._task.round_num - 1, vectors.to_bytes(self._task.adapter, self.manifest.template)
+        task = self._given[1]
+        return task.round_num - 1, vectors.to_bytes(task.adapter, self.manifest.template)
 
-    def _made_contributor(self, examples: tuple[EncodedExample, ...]) -> Contributor:
+    def _made_member(self, *, is_evaluation: bool) -> Member:
+        is_seeded = self._means.randomness.is_seeded
+        contribute = partial(self._contribute, is_evaluation)
+        return self._enrolment.member(self.manifest.hash, contribute, is_evaluation=is_evaluation, is_seeded=is_seeded)
+
+    def _made_contributor(self, manifest: Manifest, examples: tuple[EncodedExample, ...]) -> Contributor:
         return Contributor(
             self._enrolment.identity.certificate.device_id,
             examples,
             self._model,
-            self.manifest,
+            manifest,
             self._means.randomness.streams,
             self._means.base.physical_batch_size,
         )
 
-    def _contribute(self, task: TrainTask) -> Contribution:
-        """Train, within what this device's owner allows."""
+    def _contribute(self, is_evaluation: bool, task: TrainTask) -> Contribution:
+        """Train, or evaluate, within what this device's owner allows."""
         self._means.interruption.begin()
         self._means.interruption.check()
         with self._means.usage.training():
             contribution = self._contributor.contribute(task)
         self._means.interruption.check()
-        self._task = task
+        manifest = self.manifest.for_evaluation if is_evaluation else self.manifest
+        assert manifest is not None
+        self._given = (manifest, task)
         return contribution
 
-    def _receipt(self, task: TrainTask, answer: bytes) -> DeviceReceipt:
+    def _receipt(self, manifest: Manifest, task: TrainTask, answer: bytes) -> DeviceReceipt:
         return DeviceReceipt(
             time=time.time(),
-            run_id=self.manifest.run_id,
+            run_id=manifest.run_id,
             round_num=task.round_num,
             attempt=task.attempt,
-            manifest_hash=self.manifest.hash,
+            manifest_hash=manifest.hash,
             size_bytes=len(answer),
             sha256=hashlib.sha256(answer).hexdigest(),
             epsilon=spent(self._enrolment)[1],
@@ -130,7 +152,8 @@ def spent(enrolment: Enrolment) -> tuple[int, Mapping[str, float]]:
 
 def max_examples(manifest: Manifest, limit: int) -> int:
     """How many examples a device brings: what the run's public constants expect of one, and no more than its owner allows."""
-    expected = round(manifest.local.expected_batch_size / manifest.local.sampling_rate)
+    held_back = 0.0 if manifest.evaluation is None else manifest.evaluation.expected_examples
+    expected = round(manifest.local.expected_batch_size / manifest.local.sampling_rate + held_back)
     if expected < 1:
         raise ProtocolError("the manifest expects less than one example of a device")
     return min(expected, limit)

@@ -25,6 +25,12 @@ def describe(manifest: Manifest, own: Enrolment) -> Iterator[str]:
         f"about {release.cohort_size} devices"
     )
     yield f"sends          about {upload:,} bytes each time, {upload * release.max_releases:,} in all"
+    if manifest.evaluation is not None:
+        plan = manifest.evaluation
+        yield (
+            f"evaluates      at most {counted(plan.num_evaluations, 'time')} on {plan.fraction:.0%} of its examples, which are "
+            "never trained on; what that costs is in the numbers below"
+        )
     for unit in release.units:
         yield from _describe_unit(unit, manifest, own)
 

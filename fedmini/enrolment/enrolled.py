@@ -92,10 +92,16 @@ class Enrolment:
     def epsilon_after(self, manifest: Manifest, unit: UnitPlan) -> float:
         """What one unit will have cost over all runs, at the lifetime delta, if this run asks for all that it may."""
         with self.ledger() as ledger:
-            past = agreement.past(ledger.releases(), unit.unit)
-            num_left = manifest.release.max_releases - ledger.num_participations(manifest.run_id)
-        event = accounting.event_of(unit, manifest)
-        return accounting.compose([*past, (event, max(0, num_left))], self.lifetime.lifetime_delta)
+            releases = agreement.past(ledger.releases(), unit.unit)
+            for one in (manifest, manifest.for_evaluation):
+                if one is not None:
+                    left = one.release.max_releases - ledger.num_participations(one.run_id)
+                    releases += [
+                        (accounting.event_of(own, one), max(0, left))
+                        for own in one.release.units
+                        if own.unit == unit.unit
+                    ]
+        return accounting.compose(releases, self.lifetime.lifetime_delta)
 
     def update(self, revocations: Revocations) -> None:
         """Keep a newer list of revocations; the same again is fine. Raises ProtocolError for an older or another one."""
@@ -188,17 +194,23 @@ class Enrolment:
         self._withdrawn[manifest_hash] = self._manifests.pop(manifest_hash)
 
     def member(
-        self, manifest_hash: str, contribute: Callable[[TrainTask], Contribution], *, is_seeded: bool = False
+        self,
+        manifest_hash: str,
+        contribute: Callable[[TrainTask], Contribution],
+        *,
+        is_evaluation: bool = False,
+        is_seeded: bool = False,
     ) -> Member:
         """Who answers a server's requests in this run, for as long as the folder is open. It debits this ledger.
 
+        `is_evaluation`: in the run's evaluations, not in its training.
         `is_seeded`: in tests only, where what is contributed comes from a seed; the ledger says so.
-        Raises ProtocolError where the run was never joined, is beyond limits that its owner has made stricter since, or
-        where this device's certificate is revoked or not by the operator's current key.
+        Raises ProtocolError where the run was never joined, has no evaluations, is beyond limits that its owner has made
+        stricter since, or where this device's certificate is revoked or not by the operator's current key.
         """
-        memory = _Memory(self, manifest_hash, self.identity.certificate)
-        agreed = memory.agreed()
-        floors.check(agreed.manifest, self.limits)
+        memory = _Memory(self, manifest_hash, self.identity.certificate, is_evaluation)
+        memory.agreed()
+        floors.check(self.manifest(manifest_hash), self.limits)
         ledger = OwnLedger(self.folder / records.LEDGER, self.lifetime, is_seeded)
         return Member(self.identity, memory, contribute, ledger)
 
@@ -226,10 +238,16 @@ class _Memory:
     enrolment: Enrolment
     manifest_hash: str
     certificate: Certificate
+    is_evaluation: bool
 
     def agreed(self) -> Agreed:
         trust = self.enrolment.trust
-        manifest = self.enrolment.manifest(self.manifest_hash)
+        agreed_to = self.enrolment.manifest(self.manifest_hash)
+        manifest = agreed_to.for_evaluation if self.is_evaluation else agreed_to
+        if manifest is None:
+            raise ProtocolError(
+                f"run {agreed_to.run_id!r} has no evaluations on devices: its manifest says nothing of any"
+            )
         _check_enrolled(trust, self.certificate)
         return Agreed(self.certificate.device_id, manifest, trust)
 

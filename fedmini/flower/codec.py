@@ -17,6 +17,7 @@ VERSION = 1
 PIECE_BYTES = 4 * 2**20
 MAX_HEAD_BYTES = 64 * 2**10
 HEAD = "fedmini"
+EVALUATION = "evaluation"  # the field `release` of a request that is about a run's evaluations, not about its training
 
 Value = str | int | None
 

@@ -12,7 +12,6 @@ from fedmini.config import RunConfig
 from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError
 from fedmini.flower_apps import grid_cohort, messages
 from fedmini.flower_apps.messages import SimulatedTask
-from fedmini.privacy.ledger import Ledger
 from fedmini.rundir import RunDirectory
 from fedmini.simulation import Progress, SimulationOptions, SimulationResult
 from fedmini.simulation.session import Session
@@ -39,13 +38,14 @@ def simulate(grid: Grid, config: RunConfig, output: Path, tell: Callable[[Progre
     nodes = grid_cohort.find_nodes(grid, tuple(setup.devices))
     if is_resumed:
         run_history.check_saved_together(directory)
-    with Ledger.open(directory.ledger, setup.run.manifest.run_id) as ledger:
+    with run_history.opened_ledgers(directory, setup.run.manifest) as (ledger, evaluation_ledger):
         if not is_resumed:
             rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
         state, history = run_history.starting_point(setup.run.manifest, setup.model.initial_adapter, directory, ledger)
-        session = _GridSession(setup, directory, ledger, tell, history)
+        run_history.check_evaluations(history, evaluation_ledger)
         text = configuration.dump_run_config(setup.config)
-        session.nodes = Nodes(grid, nodes, setup.run.manifest, text, directory.manifest.read_bytes())
+        on_grid = Nodes(grid, nodes, setup.run.manifest, text, directory.manifest.read_bytes())
+        session = Session(setup, directory, ledger, tell, history, evaluation_ledger, on_grid.sum)
         try:
             session.evaluate_if_due(state)
             state = rounds.train(state, setup.run, session.sum_cohort, ledger, session.on_round)
@@ -73,12 +73,3 @@ class Nodes:
         asked = SimulatedTask(self.config, self.record, task.round_num, task.attempt, adapter)
         nodes = [self.of[device] for device in survivors]
         return grid_cohort.sum_contributions(self.grid, nodes, messages.pack_task(asked), self.manifest, on_answer)
-
-
-class _GridSession(Session):
-    """A run in progress whose devices are nodes of a grid."""
-
-    nodes: Nodes
-
-    def _sum_directly(self, survivors: Sequence[DeviceId], task: TrainTask, on_answer: Callable[[], None]) -> CohortSum:
-        return self.nodes.sum(survivors, task, on_answer)

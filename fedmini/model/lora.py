@@ -195,6 +195,19 @@ class LoraModel:
             num_targets += len(losses)
         return total, num_targets
 
+    @torch.no_grad()
+    def mean_losses(self, examples: Sequence[EncodedExample], batch_size: int) -> NDArray[np.float64]:
+        """Each example's own mean loss, nats a token, (num_examples,): as `example_gradients` has them."""
+        losses = np.zeros(len(examples))
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for members, length in self._by_prefix([examples[index] for index in chosen]):
+                batch = loss.batch_of([examples[chosen[index]] for index in members], self.base.accelerator)
+                means = batch.mean_of_each(self._target_losses(batch, length))
+                losses[[chosen[index] for index in members]] = means.double().cpu().numpy()
+        return losses
+
     def save_peft(self, folder: Path, base_name: str) -> None:
         """Write the adapter as plain `peft.PeftModel.from_pretrained(base, folder)` reads it."""
         tensors = {name: _to_numpy(tensor) for name, tensor in self._tensors.items()}

@@ -7,15 +7,16 @@ draws: `noise_variance`, `num_shares`, and the norm bound of what it clips and r
 import math
 from dataclasses import replace
 
-from fedmini import metrics
+from fedmini import metrics, schedule
 from fedmini.errors import ConfigError, ProtocolError
 from fedmini.privacy import accounting, encoding, noise
-from fedmini.types import Manifest, UnitPlan
+from fedmini.types import EvaluationManifest, EvaluationPlan, Manifest, Unit, UnitPlan
 
 MAX_COORDINATES = 2**24  # with the next: what docs/accounting.md, section 5, keeps its reserve for
 MAX_RELEASES = 10**6  # of one unit, local steps counted
 LARGEST = 1e15  # of what has no range of its own: nothing overflows below it
 MIN_MULTIPLIER = 0.2  # less noise than that protects nobody, and the accountant would take a minute and 1 GB over it
+MAX_RUN_ID = 117  # characters, of a run with evaluations: theirs is longer, and must fit a message
 ROUNDING_ERROR = 1e-12  # relative; what another machine's last digits can differ by is far less
 CONTRADICTION = "the manifest contradicts itself: leave the run, and tell its operator"
 
@@ -32,6 +33,12 @@ def check_consistency(manifest: Manifest) -> None:
         _check_noise(unit, manifest)
     _check_encoding(manifest)
     _check_budgets(manifest)
+    if manifest.evaluation is not None and manifest.for_evaluation is not None:
+        _check_evaluation(manifest.evaluation, manifest)
+        try:
+            check_consistency(manifest.for_evaluation)
+        except ProtocolError as error:
+            raise ProtocolError(f"its evaluations on devices: {error}") from error
 
 
 def epsilon_of(unit: UnitPlan, manifest: Manifest, num_shares: int) -> float:
@@ -53,6 +60,26 @@ def epsilon_of(unit: UnitPlan, manifest: Manifest, num_shares: int) -> float:
         if count == total:
             return found
         count *= 16
+
+
+def whole_run_epsilon(name: Unit, manifest: Manifest, *, is_alone: bool) -> float:
+    """What training and evaluations together can cost one unit, as `epsilon_of` has it; infinite where that is.
+
+    `is_alone`: with no noise but the device's own.
+    """
+    parts, delta = [], 0.0
+    for one in (manifest, manifest.for_evaluation):
+        unit = None if one is None else one.release.example if name == "example" else one.release.device
+        if one is None or unit is None:
+            continue
+        num_shares = 1 if is_alone else unit.num_shares
+        if math.isinf(epsilon_of(unit, one, num_shares)):
+            return math.inf
+        event = replace(accounting.event_of(unit, one), z_eff=_multiplier(unit, one, num_shares))
+        parts.append((event, one.release.max_releases))
+        delta = unit.target_delta
+    found = accounting.compose(parts, delta)
+    return found if found <= accounting.HOPELESS_EPSILON else math.inf
 
 
 def _multiplier(unit: UnitPlan, manifest: Manifest, num_shares: int) -> float:
@@ -92,6 +119,8 @@ def _check_size(manifest: Manifest) -> None:
     within("template", size, 1, MAX_COORDINATES - len(metrics.NAMES))
     example = manifest.release.example
     num_metrics = 0 if example is not None and example.noise == "local" else len(metrics.NAMES)
+    if isinstance(manifest, EvaluationManifest):
+        num_metrics = len(metrics.EVALUATION_NAMES)
     _equal("release.num_metrics", manifest.release.num_metrics, num_metrics)
 
 
@@ -181,6 +210,24 @@ def _check_budgets(manifest: Manifest) -> None:
         if budget <= accounting.HOPELESS_EPSILON:  # above it nothing is promised
             found = epsilon_of(units[name], manifest, units[name].num_shares)
             within(f"target_epsilon of {name}", budget, found * (1 - ROUNDING_ERROR), math.inf)
+
+
+def _check_evaluation(plan: EvaluationPlan, manifest: Manifest) -> None:
+    """Evaluations protect what the run protects, by noise of the same kind, and are as many as their interval says."""
+    within("run_id, its characters", len(manifest.run_id), 1, MAX_RUN_ID)
+    within("evaluation.every", plan.every, 1, MAX_RELEASES)
+    within("evaluation.fraction", plan.fraction, 1 / LARGEST, 1)
+    most = schedule.num_measured(plan.every, manifest.num_rounds)
+    _equal("evaluation.num_evaluations", plan.num_evaluations, most)
+    _equal("evaluation.release.max_releases", plan.release.max_releases, most)
+    for name in ("example", "device"):
+        trained, evaluated = getattr(manifest.release, name), getattr(plan.release, name)
+        wanted = None if trained is None else (trained.noise, trained.target_delta)
+        found = None if evaluated is None else (evaluated.noise, evaluated.target_delta)
+        _equal(f"evaluation.release.{name}, its noise and delta", found, wanted)
+        require(wanted is None or wanted[0] != "local", f"release.{name}.noise beside an evaluation", "shared", wanted)
+    for name in ("min_survivors", "n_honest", "max_devices"):
+        _equal(f"evaluation.release.{name}", getattr(plan.release, name), getattr(manifest.release, name))
 
 
 def within(field: str, value: float, least: float, most: float, what_to_do: str = CONTRADICTION) -> None:

@@ -18,6 +18,7 @@ from fedmini.types import IntVector, Residues
 MAX_REDRAWS = 200  # at 0.61 a refusal, 1e-43 of the vectors come this far
 LARGE_VECTOR = 2**19  # coordinates; from here on the grid is made finer
 MODULUS_BITS = (24, 32)
+PLAIN_LEVELS = 2**20  # integers per range, for vectors that need no integer noise; less where many devices are summed
 
 
 def scale_for(clip_norm: float, num_coordinates: int) -> float:
@@ -26,6 +27,11 @@ def scale_for(clip_norm: float, num_coordinates: int) -> float:
     Fine enough that rounding costs below 1 % of the noise multiplier: accounting.plan_unit refuses where it doesn't.
     """
     return (2.0**14 if num_coordinates > LARGE_VECTOR else 2.0**13) / clip_norm
+
+
+def plain_scale(norm: float, num_devices: int) -> float:
+    """Integers per unit of vectors that nothing noises as integers: so many devices' sum fits 32 bits."""
+    return min(PLAIN_LEVELS, 2**30 // num_devices) / norm
 
 
 def sensitivity(clip_norm: float, scale: float, num_coordinates: int) -> float:

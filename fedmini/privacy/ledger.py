@@ -107,11 +107,15 @@ class Ledger:
 
     def max_participation(self, unit: Unit) -> int:
         """How many of the unit's releases one device can have been part of, as `epsilon` counts them."""
-        return sum(count for _, count in _composition(self._file.lines, unit))
+        return sum(count for _, count in self.composition(unit))
 
     def epsilon(self, unit: Unit, target_delta: float) -> float:
         """What the unit's releases have cost the worst device so far."""
-        return accounting.compose(_composition(self._file.lines, unit), target_delta)
+        return accounting.compose(self.composition(unit), target_delta)
+
+    def composition(self, unit: Unit) -> list[tuple[PrivacyEvent, int]]:
+        """The unit's distinct events, and how often the worst device can have been in each."""
+        return _composition(self._file.lines, unit)
 
     def epsilon_after(self, event: PrivacyEvent, participation: int, target_delta: float) -> float:
         """What `epsilon` of the event's unit would be after one more debit."""
@@ -130,6 +134,11 @@ class Ledger:
     def close(self) -> None:
         """Release the lock. Closing twice is fine."""
         self._file.close()
+
+
+def epsilon_over(ledgers: Sequence[Ledger], unit: Unit, target_delta: float) -> float:
+    """What releases in several ledgers over the same data have cost together, as if one device had been in each most often."""
+    return accounting.compose([part for ledger in ledgers for part in ledger.composition(unit)], target_delta)
 
 
 def read_ledger(path: Path) -> list[Line]:

@@ -76,7 +76,14 @@ def _loss(facts: RunFacts) -> _Sketch:
             " The squares are what the devices of a round report of their own examples before its step, noised like "
             "all the rest; a bar is one standard deviation of that noise, and may leave the picture."
         )
-    missing = None if facts.series("eval_loss") or facts.series("train_loss") else "No loss has been measured yet."
+    if facts.series("device_loss"):
+        caption += (
+            " The triangles are what devices measured on examples that they never train on: a release of its own, with its "
+            "own noise."
+        )
+    missing = (
+        None if any(map(facts.series, ("eval_loss", "train_loss", "device_loss"))) else "No loss has been measured yet."
+    )
     return _Sketch("loss", "Loss by round", caption, _draw_loss, missing)
 
 
@@ -93,6 +100,19 @@ def _draw_loss(axes: "Axes", facts: RunFacts) -> None:
             capsize=3,
             elinewidth=1,
             **pictures.training_line(len(trained)),
+        )
+    measured = [line for line in facts.history if is_finite(line.get("device_loss"))]
+    if measured:
+        axes.errorbar(
+            [line["round"] for line in measured],
+            [line["device_loss"] for line in measured],
+            yerr=[line["device_loss_error"] for line in measured],
+            label="held back on devices, with its noise",
+            capsize=3,
+            elinewidth=1,
+            linestyle="none",
+            marker="^",
+            color="0.45",
         )
     if evaluated:
         axes.plot(

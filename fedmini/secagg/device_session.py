@@ -6,6 +6,7 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 
+from fedmini import vectors
 from fedmini.errors import FedMiniError, ProtocolError, UpdateError
 from fedmini.secagg import bindings, checks, keys, masks, shamir, wire
 from fedmini.secagg.bindings import Secrets
@@ -140,8 +141,7 @@ class DeviceSession:
         }
 
     def _max_request_bytes(self) -> int:
-        num_parameters = self._agreed.manifest.num_coordinates - self._agreed.manifest.release.num_metrics
-        return wire.max_request_bytes(4 * num_parameters)
+        return wire.max_request_bytes(4 * vectors.num_parameters(self._agreed.manifest.template))
 
     def _advertise(self, invitation: Invitation) -> Advert:
         context = invitation.context

@@ -28,7 +28,7 @@ CONTENTS = "CONTENTS.json"
 FORMAT = "fedmini/server-backup/v1"
 SQLITE = b"SQLite format 3\0"
 BESIDE_SQLITE = ("-wal", "-shm", "-journal")  # already in what SQLite copies
-NEWEST, CHECKPOINTS, LEDGER = "LATEST", "checkpoints", "ledger.jsonl"
+NEWEST, CHECKPOINTS, LEDGERS = "LATEST", "checkpoints", ("ledger.jsonl", "evaluation-ledger.jsonl")
 MAX_FILES, MAX_CONTENTS_BYTES, MAX_DEPTH = 100_000, 2**26, 16
 CHUNK_BYTES = 2**20
 
@@ -98,7 +98,7 @@ def _pack(folder: Path, tar: tarfile.TarFile, scratch: Path) -> dict[str, str]:
 def _turn(name: str) -> tuple[int, str]:
     """Which files are copied first: weights, then what else there is, then what was spent."""
     parts = name.split("/")
-    return 0 if CHECKPOINTS in parts else 2 if parts[-1] == LEDGER else 1, name
+    return 0 if CHECKPOINTS in parts else 2 if parts[-1] in LEDGERS else 1, name
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from fedmini import rounds, run_history, rundir
 from fedmini.config import RunConfig, load_run_config
 from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError
-from fedmini.privacy.ledger import Ledger
 from fedmini.simulation.progress import Progress, SimulationResult
 from fedmini.simulation.session import Session
 from fedmini.simulation.setup import Rows, SimulationOptions, same_run, set_up
@@ -39,11 +38,12 @@ def simulate(
     setup = set_up(chosen, data, directory, options)
     if options.resume:
         run_history.check_saved_together(directory)
-    with Ledger.open(directory.ledger, setup.run.manifest.run_id) as ledger:
+    with run_history.opened_ledgers(directory, setup.run.manifest) as (ledger, evaluation_ledger):
         if not options.resume:  # under the ledger's lock: of two runs begun in one folder, one writes there
             rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
         state, history = run_history.starting_point(setup.run.manifest, setup.model.initial_adapter, directory, ledger)
-        session = Session(setup, directory, ledger, options.on_progress, history)
+        run_history.check_evaluations(history, evaluation_ledger)
+        session = Session(setup, directory, ledger, options.on_progress, history, evaluation_ledger)
         try:
             session.evaluate_if_due(state)
             state = rounds.train(state, setup.run, session.sum_cohort, ledger, session.on_round)

@@ -1,32 +1,21 @@
 """A run in progress: the seam to the devices of this process, and what is written as the rounds go by."""
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from fedmini import checkpoint, pace, run_history, rundir, statement
+from fedmini import checkpoint, pace, run_history, rundir, schedule, statement
 from fedmini.checkpoint import Checkpoint
-from fedmini.privacy import encoding
+from fedmini.device_evaluation import DeviceEvaluations
+from fedmini.errors import CohortError, PrivacyBudgetError
 from fedmini.privacy.ledger import Ledger
 from fedmini.rundir import RunDirectory
-from fedmini.secagg.server_session import Refusal
-from fedmini.secure_sum import SecureSum
+from fedmini.simulation.cohort import SimulatedCohort, SumDevices
 from fedmini.simulation.progress import Progress, SimulationResult
 from fedmini.simulation.secure import SecureDevices
-from fedmini.simulation.setup import Setup, base_name
-from fedmini.types import (
-    CohortSum,
-    DeviceId,
-    Residues,
-    Roster,
-    RoundReport,
-    ServerState,
-    TrainTask,
-)
+from fedmini.simulation.setup import Setup, base_name, evaluations_of
+from fedmini.types import RoundReport, ServerState, TrainTask
 
 
 class Session:
@@ -39,6 +28,8 @@ class Session:
         ledger: Ledger,
         tell: Callable[[Progress], None],
         history: list[dict[str, Any]],
+        evaluation_ledger: Ledger | None = None,
+        sum_devices: SumDevices | None = None,
     ) -> None:
         self._setup, self._directory, self._ledger, self._tell = setup, directory, ledger, tell
         self._history = history
@@ -47,6 +38,13 @@ class Session:
         self._shown = Progress("round")
         is_secure = setup.config.simulation.secure
         self._secure = SecureDevices(setup, directory.devices, self._note) if is_secure else None
+        self.sum_cohort = SimulatedCohort(setup, self._secure, self._on_answer, self._note, sum_devices)
+        self._evaluations: DeviceEvaluations | None = None
+        evaluating = setup.for_evaluation
+        if evaluating is not None and evaluation_ledger is not None:
+            self._evaluations = evaluations_of(setup, evaluation_ledger)
+            secure = SecureDevices(evaluating, directory.devices, self._note) if is_secure else None
+            self._evaluation_cohort = SimulatedCohort(evaluating, secure, self._on_evaluation, self._note)
 
     def last_state(self, otherwise: ServerState) -> ServerState:
         """The last committed state."""
@@ -56,7 +54,10 @@ class Session:
         """Commit a round: the state first, then what a reader may know of it."""
         if self._secure is not None:
             report = self._secure.with_traffic(report)
-        self._history.append(run_history.metrics_line(report))
+        line = run_history.metrics_line(report)
+        if self._evaluations is not None:
+            line["epsilon"] = dict(self._evaluations.spent(self._ledger))
+        self._history.append(line)
         self._commit(state)
         self._pace = replace(
             self._pace,
@@ -73,10 +74,10 @@ class Session:
             self._commit(state)
         line = self._history[-1]
         every, last = self._setup.config.evaluation.every, self._setup.run.manifest.num_rounds
-        is_due = state.round_num % every == 0 or state.round_num == last
-        if line["eval_loss"] is None and is_due:
+        if line["eval_loss"] is None and schedule.is_due(state.round_num, every, last):
             self._progress("evaluation", state.round_num)
             line["eval_loss"] = self._evaluate(state)
+        self._evaluate_on_devices(state)
         rundir.write_metrics(self._directory, self._history)
         self._progress("round", state.round_num, num_devices=line["num_survivors"])
 
@@ -91,47 +92,29 @@ class Session:
         )
         return nats / targets
 
-    def sum_cohort(self, chosen: Sequence[DeviceId], task: TrainTask, debit: Callable[[Roster], None]) -> CohortSum:
-        """The one seam, in one process: by secure aggregation where the run asks for it, else added up directly.
-
-        Either way the same devices drop out, after the debit, and the sum has the same bits.
-        """
-        lost = self._lost(chosen, task)
-        num_left, num_done = len(chosen) - len(lost), itertools.count(1)
-
-        def on_answer() -> None:
-            self._progress("round", task.round_num - 1, next(num_done), num_left)
-
-        if self._secure is not None:
-            exchange = self._secure.exchange(lost, on_answer)
-            by_protocol = SecureSum(self._setup.run.manifest, self._secure.trust, exchange, self._note_refusals)
-            return by_protocol(chosen, task, debit)
-        debit(Roster(self._setup.run.manifest.run_id, task.round_num, task.attempt, tuple(sorted(chosen))))
-        return self._sum_directly([device for device in sorted(chosen) if device not in lost], task, on_answer)
-
-    def _lost(self, chosen: Sequence[DeviceId], task: TrainTask) -> frozenset[DeviceId]:
-        """Who drops out of this attempt after its debit: each with the configured probability."""
-        setup = self._setup
-        draws = setup.run.streams("dropout", "round", task.round_num, "attempt", task.attempt).uniform(len(chosen))
-        rate = setup.config.rounds.dropout_rate
-        return frozenset(device for device, draw in zip(sorted(chosen), draws, strict=True) if draw < rate)
-
-    def _sum_directly(self, survivors: Sequence[DeviceId], task: TrainTask, on_answer: Callable[[], None]) -> CohortSum:
-        """One contribution in memory at a time."""
-        manifest = self._setup.run.manifest
-        total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
-        for device in survivors:
-            contribution = self._setup.devices[device].contribute(task)
-            total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
-            on_answer()
-        return CohortSum(total, len(survivors))
+    def _evaluate_on_devices(self, state: ServerState) -> None:
+        """Let the devices measure the loss where that is due; where too few are left, or nothing is, go on without it."""
+        evaluations, line = self._evaluations, self._history[-1]
+        if evaluations is None or line["device_loss"] is not None or not evaluations.is_due(state.round_num):
+            return
+        try:
+            found = evaluations.measure(state.adapter, state.round_num, self._evaluation_cohort)
+        except (CohortError, PrivacyBudgetError) as error:
+            self._note(f"no evaluation on devices after round {state.round_num}: {error}")
+            return
+        run_history.add_evaluation(line, found, evaluations, self._ledger)
+        self._commit(state)
 
     def finish(self, state: ServerState) -> SimulationResult:
         """Write the adapter, the privacy statement and the report."""
         setup, directory = self._setup, self._directory
         rundir.write_metrics(directory, self._history)
-        is_secure = setup.config.simulation.secure
-        privacy = statement.privacy_statement(setup.run.manifest, self._ledger, is_secure=is_secure)
+        privacy = statement.privacy_statement(
+            setup.run.manifest,
+            self._ledger,
+            self._evaluations.ledger if self._evaluations is not None else None,
+            is_secure=setup.config.simulation.secure,
+        )
         rundir.write_json(directory.privacy, privacy)
         setup.model.set_adapter(state.adapter)
         setup.model.save_peft(directory.adapter, base_name(setup.config))
@@ -146,9 +129,11 @@ class Session:
         )
         self._state = state
 
-    def _note_refusals(self, refusals: Sequence[Refusal]) -> None:
-        for refusal in refusals:
-            self._note(f"{refusal.device}: an answer at stage {refusal.stage.name} was refused: {refusal.reason}")
+    def _on_answer(self, task: TrainTask, num_done: int, num_expected: int) -> None:
+        self._progress("round", task.round_num - 1, num_done, num_expected)
+
+    def _on_evaluation(self, task: TrainTask, num_done: int, num_expected: int) -> None:
+        self._progress("evaluation", self._history[-1]["round"], num_done, num_expected)
 
     def _note(self, text: str) -> None:
         self._tell(replace(self._shown, note=text))

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,14 @@ import numpy as np
 from fedmini import data, planning, rounds, rundir
 from fedmini.config import RunConfig
 from fedmini.contributor import Contributor
+from fedmini.device_evaluation import DeviceEvaluations
 from fedmini.errors import ConfigError, StateError
 from fedmini.model import loading, runtime
 from fedmini.model.lora import LoraModel
+from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import RandomStream, Streams
 from fedmini.rundir import RunDirectory
+from fedmini.server_step import num_asked
 from fedmini.simulation.progress import Progress
 from fedmini.types import DeviceId, EncodedExample, Manifest
 
@@ -43,10 +46,38 @@ class Setup:
     run: rounds.Run
     model: LoraModel
     devices: Mapping[DeviceId, Contributor]
+    evaluators: Mapping[
+        DeviceId, Contributor
+    ]  # the same devices, measuring on what they hold back; empty where none do
     held_out: tuple[EncodedExample, ...]
     evaluated_on: str  # in words
     environment: Mapping[str, Any]
     cache_dir: Path
+
+    @property
+    def for_evaluation(self) -> "Setup | None":
+        """The same devices as those of the run's evaluations; None where it has none."""
+        manifest, streams = self.run.manifest.for_evaluation, self.run.streams
+        if manifest is None:
+            return None
+        run = replace(self.run, manifest=manifest, streams=lambda *purpose: streams("evaluation", *purpose))
+        return replace(self, run=run, devices=self.evaluators)
+
+
+def evaluations_of(setup: Setup, ledger: Ledger) -> DeviceEvaluations:
+    """A run's evaluations on its devices, which it must have."""
+    run, manifest = setup.run, setup.run.manifest.for_evaluation
+    assert manifest is not None
+    return DeviceEvaluations(
+        trained=run.manifest,
+        manifest=manifest,
+        num_asked=num_asked(manifest.release.cohort_size, run.server.over_selection),
+        population=run.population,
+        streams=run.streams,
+        ledger=ledger,
+        is_seeded=run.is_seeded,
+        is_replayed=run.is_replayed,
+    )
 
 
 def same_run(given: RunConfig, stored: RunConfig, directory: RunDirectory) -> RunConfig:
@@ -115,15 +146,26 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
             is_replayed=config.run.seed is not None,
         ),
         model=model,
-        devices={
-            name: Contributor(name, found, model, manifest, streams, config.local.physical_batch_size)
-            for name, found in examples.items()
-        },
+        devices=_contributors(examples, model, manifest, streams, config),
+        evaluators=_contributors(examples, model, manifest.for_evaluation, streams, config),
         held_out=held_out,
         evaluated_on=_evaluated_on(config),
         environment=environment,
         cache_dir=cache_dir,
     )
+
+
+def _contributors(
+    examples: Mapping[DeviceId, Sequence[EncodedExample]],
+    model: LoraModel,
+    manifest: Manifest | None,
+    streams: Streams,
+    config: RunConfig,
+) -> dict[DeviceId, Contributor]:
+    if manifest is None:
+        return {}
+    size = config.local.physical_batch_size
+    return {name: Contributor(name, found, model, manifest, streams, size) for name, found in examples.items()}
 
 
 def _streams(seed: int | None) -> Streams:

@@ -8,26 +8,18 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedmini.types.plans import NoiseSource, Unit
 
 DeviceId: TypeAlias = str
 Vector: TypeAlias = NDArray[np.float32]  # (num_coordinates,)
 IntVector: TypeAlias = NDArray[np.int64]  # (num_coordinates,)
 Residues: TypeAlias = NDArray[np.uint32]  # (num_coordinates,), integers mod 2**modulus_bits
 Adapter: TypeAlias = Mapping[str, NDArray[np.float32]]  # trainable LoRA tensors by PEFT name
-Template: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of an adapter's tensors, sorted by name
-
-Unit: TypeAlias = Literal["example", "device"]
-NoiseSource: TypeAlias = Literal["local", "shared", "server"]
-LocalOptimizer: TypeAlias = Literal["sgd", "adam"]
-
-ADJACENCY: Mapping[Unit, str] = {
-    "example": "one example of a device's frozen training set added or removed",
-    "device": "one device's contribution to the run replaced by zero",
-}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -42,99 +34,6 @@ class EncodedExample:
 
     def __repr__(self) -> str:
         return f"EncodedExample({len(self.tokens)} tokens, {int(self.is_target.sum())} targets)"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraShape:
-    """Which LoRA tensors a run trains, and from which seed the frozen ones are drawn."""
-
-    lora_rank: int
-    lora_alpha: float
-    target_modules: tuple[str, ...]
-    layers: tuple[int, ...] | None  # None: every layer
-    trained: Literal["B", "AB"]
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class LocalPlan:
-    """What one device computes in one round."""
-
-    num_steps: int
-    sampling_rate: float  # Poisson, the same on every device
-    expected_batch_size: float  # a public constant: never what a device really drew
-    learning_rate: float
-    optimizer: LocalOptimizer
-    max_length: int  # tokens
-    detach_prefix: bool  # no gradient through what the chat template puts before every prompt
-
-
-@dataclass(frozen=True, slots=True)
-class UnitPlan:
-    """How one kind of unit is protected: one row of the privacy table in docs/accounting.md."""
-
-    unit: Unit
-    noise: NoiseSource
-    clip_norm: float
-    noise_multiplier: float  # as configured or calibrated, before rounding and discretisation: see `z_eff`
-    scale: float  # integers per unit of the vector: clip_norm * scale is 2**13 or 2**14
-    noise_variance: int  # of one share of discrete Gaussian noise, in squared integer units
-    num_shares: int  # honest shares that are counted on: n_honest where noise is shared, else 1
-    z_eff: float  # the effective Gaussian multiplier that the accountant is given
-    target_delta: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReleasePlan:
-    """How an update leaves a device. Every number is public and fixed for the run."""
-
-    example: UnitPlan | None
-    device: UnitPlan | None
-    encoding_norm: float  # the L2 norm of the float vector that travels never passes this
-    scale: float
-    modulus_bits: int
-    num_metrics: int  # bounded metric coordinates behind the adapter's, 0 where nothing would noise them
-    cohort_size: int
-    max_devices: int  # in one round: what the modulus has room for
-    min_survivors: int
-    n_honest: int
-    max_participations: int
-    max_releases: int  # of one device: its participations, and the attempts that may be lost
-    min_separation: int
-
-    @property
-    def units(self) -> tuple[UnitPlan, ...]:
-        """The protected units, the example first; empty where nothing is protected."""
-        return tuple(unit for unit in (self.example, self.device) if unit is not None)
-
-    @property
-    def sums_examples(self) -> bool:
-        """Whether the vector that travels is a sum of rounded per-example gradients (`example`, `shared`)."""
-        return self.example is not None and self.example.noise == "shared"
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """Everything a device must agree to, once; later tasks refer to it by hash."""
-
-    run_id: str
-    base_fingerprint: str
-    lora: LoraShape
-    template: Template
-    local: LocalPlan
-    release: ReleasePlan
-    num_rounds: int
-    target_epsilon: tuple[tuple[Unit, float], ...]  # the budget of each protected unit
-
-    @property
-    def num_coordinates(self) -> int:
-        """Coordinates of the vector that travels: the adapter's and the metrics'."""
-        return sum(int(np.prod(shape)) for _, shape in self.template) + self.release.num_metrics
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over the canonical JSON of every field, in hex."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,3 +148,5 @@ class RoundReport:
     clipped_fraction: float | None = None
     clipped_fraction_error: float | None = None
     eval_loss: float | None = None  # nats a token on people who took no part
+    device_loss: float | None = None  # nats a token on what devices hold back: a release of its own, noised
+    device_loss_error: float | None = None  # one standard deviation of the noise in it
