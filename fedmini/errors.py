@@ -7,6 +7,7 @@ FedMiniError
 ├── CohortError           too few devices                                     -> wait or stop; the message says what was spent
 │   └── AttemptsError     too many attempts were lost after they were paid for -> the run is over; everything is saved
 ├── ProtocolError         the other side broke the secure-aggregation rules   -> abort, reveal nothing
+│   ├── DealerError       another device sealed shares that can't be used   -> the server keeps the two apart
 │   └── ReplayError       a round is asked for that is over for this device   -> refuse; the server's state is an old one
 ├── PrivacyBudgetError    the next release would pass the budget              -> the run is over; everything is saved
 ├── ConditionsError       this device may not train now                       -> the round goes on without it
@@ -55,6 +56,14 @@ class LinkError(FedMiniError):
 
 class ProtocolError(FedMiniError):
     """The other side broke the secure-aggregation rules."""
+
+
+class DealerError(ProtocolError):
+    """Another device of the cohort sealed shares that can't be used: `dealer` says which."""
+
+    def __init__(self, message: str, dealer: str) -> None:
+        super().__init__(message)
+        self.dealer = dealer
 
 
 class ReplayError(ProtocolError):

@@ -72,7 +72,7 @@ def on_devices(
         trained=trained,
         manifest=manifest,
         num_asked=num_asked(manifest.release.cohort_size, over_selection),
-        population=parts.roll.ready,
+        population=parts.roll.willing,
         streams=parts.streams,
         ledger=ledger,
         is_seeded=parts.is_seeded,

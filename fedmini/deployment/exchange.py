@@ -9,13 +9,21 @@ from fedmini.deployment.roll_call import RollCall, refusal_of
 from fedmini.errors import LinkError, StateError, UpdateError
 from fedmini.events import Emit
 from fedmini.flower import replies
-from fedmini.flower.codec import Envelope
+from fedmini.flower.codec import Envelope, Value
 from fedmini.flower.server_link import Reply, ServerLink
 from fedmini.secagg.messages import Stage
 from fedmini.types import DeviceId
 
 GRACE_SECONDS = 5.0
 FOLDER_SECONDS = 2.0  # between two looks at who was revoked
+
+
+class _RefusedError(UpdateError):
+    """A device refuses, in an answer that it signed: it may name another device, whose shares it could not use."""
+
+    def __init__(self, message: str, dealer: Value) -> None:
+        super().__init__(message)
+        self.dealer = dealer
 
 
 class FlowerExchange:
@@ -81,18 +89,30 @@ class FlowerExchange:
                 try:
                     envelope = self._usable(device, stage, reply)
                 except UpdateError as error:
+                    dealer = error.dealer if isinstance(error, _RefusedError) else None
                     replayed += str(error).startswith("replayed")
-                    self._roll.not_ready(device, str(error))
+                    self._gave_up(device, stage, str(error), dealer)
                     self._check_not_restored(replayed, len(pending))
                     continue
                 self.received[device] += len(envelope.payload)
+                if stage is Stage.UNMASK:
+                    self._roll.preference.stayed(device)
                 yield device, envelope.payload
                 if not waiting:
                     return
             self._roll.follow_folder()  # who was revoked meanwhile is cut off at once, and its answer not taken
         for name, device in waiting.items():
             self._late[name] = (device, stage)
-            self._roll.not_ready(device, f"no answer at stage {stage.name}")
+            self._gave_up(device, stage, f"no answer at stage {stage.name}")
+
+    def _gave_up(self, device: DeviceId, stage: Stage, why: str, dealer: Value = None) -> None:
+        """A device is out of the round. Once the roster is fixed that may cost the round: it is asked last from then on."""
+        self._roll.not_ready(device, why)
+        if stage is Stage.CONTRIBUTE and isinstance(dealer, str) and self._roll.device_key(dealer) is not None:
+            self._roll.preference.blamed(device, dealer)
+            self._emit("device.blamed", device=device, dealer=dealer)
+        elif stage >= Stage.CONTRIBUTE:
+            self._roll.preference.left(device)
 
     def _usable(self, device: DeviceId, stage: Stage, reply: Reply) -> Envelope:
         """The answer in a reply. Raises UpdateError, which says why there is none."""
@@ -103,7 +123,7 @@ class FlowerExchange:
             raise UpdateError(f"no answer at stage {stage.name} ({reply.problem})")
         replies.check(device_key, reply.message_id, envelope)
         if envelope.kind != "answer":
-            raise UpdateError(refusal_of(envelope))
+            raise _RefusedError(refusal_of(envelope), envelope.fields.get("dealer"))
         return envelope
 
     def _note_late(self, reply: Reply) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmini import offer as offers
+from fedmini.deployment.preference import Preference
 from fedmini.errors import FedMiniError, UpdateError
 from fedmini.events import Emit
 from fedmini.flower import registry, replies
@@ -45,6 +46,8 @@ class RollCall:
     def __init__(
         self, folder: ServerFolder, local_port: int | None, link: ServerLink, signed: SignedManifest, emit: Emit
     ) -> None:
+        self.preference = Preference()
+        self._num_wanted = signed.manifest.release.max_devices
         self._folder, self._local_port, self._link, self._emit = folder, local_port, link, emit
         self._signed = signed
         self._fingerprint = ""
@@ -58,8 +61,12 @@ class RollCall:
         return self._roll.trust
 
     def ready(self) -> tuple[DeviceId, ...]:
-        """The devices that a round may ask, sorted."""
+        """The devices that have said so, sorted."""
         return tuple(sorted(name for name, known in self._known.items() if known.is_ready))
+
+    def willing(self) -> tuple[DeviceId, ...]:
+        """Those of them whom a round should ask."""
+        return self.preference.choose(self.ready(), self._num_wanted)
 
     def waiting_for(self) -> dict[DeviceId, str]:
         """Who is enrolled and not ready, and why."""

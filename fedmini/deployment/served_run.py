@@ -52,7 +52,7 @@ class ServedRun:
         self._run = rounds.Run(
             manifest=files.manifest,
             server=planning.server_plan(files.config),
-            population=parts.roll.ready,
+            population=parts.roll.willing,
             streams=parts.streams,
             is_seeded=parts.is_seeded,
             is_replayed=False,

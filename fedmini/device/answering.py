@@ -10,6 +10,7 @@ from fedmini.device.membership import Membership
 from fedmini.device.participation import Means, Participation
 from fedmini.errors import (
     ConditionsError,
+    DealerError,
     FedMiniError,
     ModelMismatchError,
     PrivacyBudgetError,
@@ -171,5 +172,6 @@ def _refusal(error: FedMiniError) -> Envelope:
     for kind, code in CODES:
         if isinstance(error, kind):
             return Envelope("refusal", {"code": code, "reason": code})
-    reason = str(error)[:MAX_REASON] if type(error) in (ProtocolError, UpdateError) else "refused"
-    return Envelope("refusal", {"code": "protocol", "reason": reason})
+    reason = str(error)[:MAX_REASON] if type(error) in (ProtocolError, UpdateError, DealerError) else "refused"
+    about = {"dealer": error.dealer} if isinstance(error, DealerError) else {}
+    return Envelope("refusal", {"code": "protocol", "reason": reason, **about})

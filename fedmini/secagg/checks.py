@@ -8,7 +8,7 @@ docs/secure-aggregation.md.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmini.errors import ProtocolError
+from fedmini.errors import DealerError, ProtocolError
 from fedmini.secagg import shamir, signatures
 from fedmini.secagg.messages import MAX_DEVICES, Advert, Context, Stage, hash_model
 from fedmini.secagg.trust import Revocations, Trust
@@ -161,9 +161,9 @@ def holders(devices: Collection[DeviceId], roster_devices: Collection[DeviceId],
 def share_commitments(dealer: DeviceId, shares: tuple[bytes, bytes], expected: bytes, found: bytes) -> None:
     """Two shares are possible ones, and those that their dealer committed to: else their holder would be blamed later."""
     if not all(shamir.is_share(share) for share in shares):
-        raise ProtocolError(f"{dealer} sealed what can't be a share")
+        raise DealerError(f"{dealer} sealed what can't be a share", dealer)
     if expected != found:
-        raise ProtocolError(f"{dealer} sealed other shares than it committed to")
+        raise DealerError(f"{dealer} sealed other shares than it committed to", dealer)
 
 
 def model(content: bytes, context: Context) -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 
 from fedmini import vectors
-from fedmini.errors import FedMiniError, ProtocolError, UpdateError
+from fedmini.errors import DealerError, FedMiniError, ProtocolError, UpdateError
 from fedmini.secagg import bindings, checks, keys, masks, shamir, wire
 from fedmini.secagg.bindings import Secrets
 from fedmini.secagg.checks import Agreed
@@ -209,7 +209,7 @@ class DeviceSession:
         try:
             content = keys.unseal(key, sealed, bindings.sealed_about(self._digest, dealer, own))
         except ProtocolError as error:
-            raise ProtocolError(f"{dealer}: {error}") from error
+            raise DealerError(f"{dealer}: {error}", dealer) from error
         pair = (content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :])
         checks.share_commitments(dealer, pair, bindings.commit_shares(self._digest, dealer, own, pair), commitments)
         return pair
