@@ -10,7 +10,8 @@ from fedmini.errors import LinkError, StateError, UpdateError
 from fedmini.events import Emit
 from fedmini.flower import replies
 from fedmini.flower.codec import Envelope, Value
-from fedmini.flower.server_link import Reply, ServerLink
+from fedmini.flower.incoming import Reply
+from fedmini.flower.server_link import ServerLink
 from fedmini.secagg.messages import Stage
 from fedmini.types import DeviceId
 

@@ -14,7 +14,8 @@ from fedmini.errors import FedMiniError, UpdateError
 from fedmini.events import Emit
 from fedmini.flower import registry, replies
 from fedmini.flower.codec import Envelope
-from fedmini.flower.server_link import Reply, ServerLink
+from fedmini.flower.incoming import Reply
+from fedmini.flower.server_link import ServerLink
 from fedmini.offer import Offer
 from fedmini.secagg.signed_manifest import SignedManifest
 from fedmini.secagg.trust import Trust

@@ -25,6 +25,10 @@ PULL_SECONDS = 10.0  # a message's head can be there before its objects
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.02, 0.5
 
 
+class UnfinishedError(LinkError):
+    """A part of a message was announced, and is not there yet."""
+
+
 class Deflated:
     """A message ready to travel: its head without content, its tree, and its objects' bytes by id."""
 
@@ -41,18 +45,20 @@ class Deflated:
         self.size_bytes = sum(len(content) for content in self.objects.values())
 
 
-def pull(tree: ObjectTree, ask: Callable[[str], PullObjectResponse], max_payload_bytes: int) -> Message:
+def pull(
+    tree: ObjectTree, ask: Callable[[str], PullObjectResponse], max_payload_bytes: int, wait_s: float = PULL_SECONDS
+) -> Message:
     """The message of a tree, its objects asked for one by one.
 
     Each is what its name, a hash, says. Raises UpdateError where it is more or larger than the payload allows for, or no
-    message; LinkError where it doesn't come.
+    message; LinkError where a part of it is gone, UnfinishedError where one is not there within `wait_s`.
     """
     names = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
     if len(names) > codec.num_objects(max_payload_bytes):
         raise UpdateError(f"a message of {len(names)} objects came, larger than expected")
     contents: dict[str, bytes] = {}
     left = max_payload_bytes + 2 * codec.MAX_HEAD_BYTES
-    until = time.monotonic() + PULL_SECONDS
+    until = time.monotonic() + wait_s
     for name in names:
         content = _pull_one(name, ask, until)
         left -= len(content)
@@ -79,8 +85,8 @@ def _pull_one(name: str, ask: Callable[[str], PullObjectResponse], until: float)
             raise LinkError("a part of a message is gone: it was taken back, or is too old")
         if found.object_available:
             return bytes(found.object_content)
-        if time.monotonic() > until:
-            raise LinkError("a part of a message was announced and never came")
+        if time.monotonic() >= until:
+            raise UnfinishedError("a part of a message was announced and never came")
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 

@@ -10,8 +10,6 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
@@ -23,11 +21,12 @@ from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 
-from fedmini.errors import LinkError, StateError, UpdateError
+from fedmini.errors import LinkError, StateError
 from fedmini.flower import acquired_task, codec, objects
 from fedmini.flower.acquired_task import AcquiredTask
 from fedmini.flower.calls import Calls
 from fedmini.flower.codec import Envelope
+from fedmini.flower.incoming import Incoming, Reply
 from fedmini.flower.objects import Deflated
 
 HEARTBEAT_SECONDS = 10.0
@@ -55,16 +54,6 @@ clientapp = "stub:app"
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back for one message: an envelope, or why there is none."""
-
-    message_id: str
-    node: int
-    envelope: Envelope | None
-    problem: str = ""
-
-
 class ServerLink:
     """The connection to the SuperLink on loopback. Raises LinkError where that is away: `begin` again then."""
 
@@ -75,14 +64,12 @@ class ServerLink:
         max_payload_bytes: int,
         acquired: AcquiredTask | None = None,
     ) -> None:
-        self._max_payload_bytes = max_payload_bytes
         self._acquired = acquired
         self._task_token = acquired.token if acquired is not None else ""
         self._run = acquired.run if acquired is not None else 0
         self._node = Node(node_id=SUPERLINK_NODE_ID)
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
-        self._aside = ThreadPoolExecutor(1, "fedmini-confirm")
 
         def headers() -> dict[str, str]:
             token = {TASK_TOKEN_HEADER: self._task_token} if self._task_token else {}
@@ -90,6 +77,7 @@ class ServerLink:
 
         url, tls = (acquired.url, acquired.tls) if acquired is not None else (f"http://127.0.0.1:{port}", None)
         self._calls = Calls(url, tls, "flwr-serverapp", headers)
+        self._incoming = Incoming(self._calls, self._node, max_payload_bytes)
 
     @classmethod
     def attach(cls, grid: Grid, max_payload_bytes: int) -> "ServerLink":
@@ -110,6 +98,7 @@ class ServerLink:
             self.nodes()
             return self._run
         self._task_token = ""
+        self._incoming.clear()
         if previous is not None:
             try:
                 self._calls.call(
@@ -205,11 +194,22 @@ class ServerLink:
     def receive(self, pending: Iterable[str], until: float) -> Iterator[Reply]:
         """The answers to these messages as they come, one in memory at a time, until all came or it is `until`.
 
-        By the monotonic clock. A SuperLink that is away for a moment is waited for; one that refuses raises LinkError.
+        By the monotonic clock. An answer that is still being sent holds up no other: it is put aside, for this call or a
+        later one. A SuperLink that is away for a moment is waited for; one that refuses raises LinkError.
         """
         waiting = set(pending)
         while waiting and (left := until - time.monotonic()) > 0:
-            request = runtime_pb2.PullAppMessagesRequest(message_ids=sorted(waiting))
+            for reply in self._incoming.finished(waiting):
+                waiting.discard(reply.message_id)
+                yield reply
+            left = min(until, self._incoming.next_try(waiting)) - time.monotonic()
+            unseen = self._incoming.unseen(waiting)
+            if not waiting or left <= 0:
+                continue
+            if not unseen:
+                self._closed.wait(left)
+                continue
+            request = runtime_pb2.PullAppMessagesRequest(message_ids=sorted(unseen))
             try:
                 found = self._calls.call(
                     "/v1/runtime/pull-messages",
@@ -226,35 +226,7 @@ class ServerLink:
             if self._acquired is not None and not found.messages_list:
                 self._closed.wait(min(EMPTY_SECONDS, left))
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-                waiting.discard(head.metadata.reply_to_message_id)
-                yield self._reply(head, tree)
-
-    def _reply(self, head: message_pb2.Message, tree: message_pb2.ObjectTree) -> Reply:
-        about, node, run = head.metadata.reply_to_message_id, head.metadata.src_node_id, self._run
-        if head.HasField("error"):
-            return Reply(about, node, None, f"Flower's code {head.error.code}")
-
-        def ask(name: str) -> message_pb2.PullObjectResponse:
-            request = message_pb2.PullObjectRequest(node=self._node, run_id=run, object_id=name)
-            return self._calls.call("/v1/runtime/pull-object", request, message_pb2.PullObjectResponse)
-
-        try:
-            message = objects.pull(tree, ask, self._max_payload_bytes)
-            if not message.has_content():
-                return Reply(about, node, None, f"Flower's code {message.error.code}")
-            envelope = codec.unpack(message.content)
-        except (UpdateError, LinkError) as error:
-            return Reply(about, node, None, str(error))
-        self._aside.submit(self._confirm, run, tree.object_id)
-        return Reply(about, node, envelope)
-
-    def _confirm(self, run: int, name: str) -> None:
-        """Let the SuperLink forget the objects of an answer; nobody waits for it."""
-        request = message_pb2.ConfirmMessageReceivedRequest(node=self._node, run_id=run, message_object_id=name)
-        with contextlib.suppress(LinkError):
-            self._calls.call(
-                "/v1/runtime/confirm-message-received", request, message_pb2.ConfirmMessageReceivedResponse
-            )
+                self._incoming.add(self._run, head, tree)
 
     def end(self) -> None:
         """Say that the run is over, where nobody else does, and close."""
@@ -268,7 +240,7 @@ class ServerLink:
     def close(self) -> None:
         """End every call. Closing twice is fine."""
         self._closed.set()
-        self._aside.shutdown(wait=False, cancel_futures=True)
+        self._incoming.close()
         self._calls.close()
 
     def _beat(self) -> None:

@@ -1,5 +1,6 @@
 """Kills at random moments, and what must hold after each: at the end, and in every file on the way."""
 
+import base64
 import json
 import random
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives import serialization
 
 from fedmini import checkpoint, simulation
 from fedmini.config import RunConfig
@@ -94,8 +96,27 @@ MAY_HOLD_KEYS = {
 }
 
 
+def secrets_in(folder: Path) -> set[bytes]:
+    """Every secret key of a deployment as it could be written somewhere: its bytes, in hex and in base64."""
+    found: set[bytes] = set()
+    for path in folder.rglob("*.key"):
+        content = path.read_bytes()
+        if b"PRIVATE KEY" in content:
+            key = serialization.load_pem_private_key(content, None)
+            if hasattr(key, "private_bytes_raw"):
+                found.add(key.private_bytes_raw())
+            else:
+                numbers = key.private_numbers().private_value
+                found.add(numbers.to_bytes((key.key_size + 7) // 8, "big"))
+        elif len(content) == 32:  # the store's
+            found.add(content)
+    assert len(found) >= 5, "the keys of an operator, a server and devices"
+    return {form for key in found for form in (key, key.hex().encode(), base64.b64encode(key).rstrip(b"="))}
+
+
 def check_nothing_leaked(deployed: Deployment) -> None:
     """No secret and nothing of what a person typed in any file or log, but where it belongs."""
+    secrets = secrets_in(deployed.folder)
     token = (deployed.server_folder / "loopback.token").read_bytes().strip()
     for path in deployed.folder.rglob("*"):
         if not path.is_file() or "cache" in path.parts or "simulated" in path.parts or path.suffix == ".gguf":
@@ -103,11 +124,13 @@ def check_nothing_leaked(deployed: Deployment) -> None:
         content = path.read_bytes()
         assert MARKER.encode() not in content, path
         if path.name not in MAY_HOLD_KEYS:
+            assert not any(secret in content for secret in secrets), path
             assert not SECRET.search(content), path
             assert token not in content, path
     for process in [deployed.server, *deployed.devices.values()]:
         assert process is not None
         log = "\n".join(process.lines)
+        assert not any(secret in log.encode() for secret in secrets), process.name
         assert MARKER not in log and token.decode() not in log and not SECRET.search(log.encode()), process.name
         assert "Traceback" not in log, process.tail()
 
