@@ -1,14 +1,17 @@
 """`fedmini server start`, `status` and `stop`: the running server. Heavy imports happen inside commands."""
 
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from fedmini import events
 from fedmini.command_help import HelpedCommand
-from fedmini.errors import ConfigError
+from fedmini.errors import ConfigError, FedMiniError, StateError
 from fedmini.phrases import counted, quoted
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]
@@ -33,10 +36,13 @@ def start(
 
     if log_format not in (None, "text", "json"):
         raise ConfigError(f"--log-format: expected text or json, got {log_format!r}")
-    opened = server_folder.opened(folder)
-    name = _planned(opened.path, run)
     chosen: Literal["text", "json"] | None = log_format  # type: ignore[assignment]
-    raise typer.Exit(supervisor.start(folder, name, chosen, insecure=insecure))
+    with _refusing_in(chosen):
+        opened = server_folder.opened(folder)
+    with _refusing_in(chosen or opened.config.server.log_format):
+        name = _planned(opened.path, run)
+        code = supervisor.start(folder, name, chosen, insecure=insecure)
+    raise typer.Exit(code)
 
 
 def status(folder: Folder) -> None:
@@ -47,8 +53,14 @@ def status(folder: Folder) -> None:
 
     server_folder.opened(folder)
     pid = supervisor.running_pid(folder)
+    found = StatusFile(folder / "state").last()
+    if found is None and pid is None:
+        raise StateError(f"no server has ever run in {folder}")
     typer.echo(f"server       {f'runs as process {pid}' if pid else 'does not run'}")
-    for line in _standing(StatusFile(folder / "state").read(), is_running=pid is not None):
+    if found is None:
+        typer.echo("now          starting: it has said nothing yet")
+        return
+    for line in _standing(found, is_running=pid is not None):
         typer.echo(line)
 
 
@@ -70,6 +82,23 @@ def add_to(server: typer.Typer) -> None:
     """Add these commands to `fedmini server`."""
     for command in (start, status, stop):
         server.command(cls=HelpedCommand)(command)
+
+
+@contextmanager
+def _refusing_in(log_format: str | None) -> Iterator[None]:
+    """Where the log is JSON, why a server can't begin or go on is its last line, and the exit code 2."""
+    try:
+        yield
+    except (FedMiniError, OSError) as error:
+        if log_format != "json" or isinstance(error, BrokenPipeError):
+            raise
+        reason = (
+            str(error)
+            if isinstance(error, FedMiniError)
+            else f"{error.filename or 'a file'}: {error.strerror or error}"
+        )
+        events.to_stream(sys.stderr, "json", "server")("server.refused", reason=reason)
+        raise typer.Exit(2) from error
 
 
 def _planned(folder: Path, run: Path | None) -> str:

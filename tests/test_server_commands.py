@@ -120,6 +120,22 @@ def test_a_device_is_cut_off_here_or_by_the_operator_everywhere(shell: Shell) ->
     assert listed(shell) == []
 
 
+def test_a_login_key_that_was_cut_off_is_refused_and_a_new_one_is_not(shell: Shell) -> None:
+    prepared(shell, "anna")
+    enroll = ("server", "enroll", "srv", "anna/device.pub", "--certificate", "anna.json")
+    opened = server_folder.opened(Path("srv"))
+    login_key = opened.device("anna").login_key_bytes
+    done(shell("server", "devices", "revoke", "srv", "anna"))
+    opened.note_spent(login_key)  # as a running server does that has cut it off
+    opened.note_spent(login_key)
+    complaint = shell(*enroll).complaint
+    assert "the login key of anna was cut off" in complaint and "`fedmini device new-login`" in complaint
+    assert listed(shell) == []
+    done(shell("device", "new-login", "anna"))
+    done(shell(*enroll))
+    assert listed(shell) == ["anna"]
+
+
 def test_a_server_follows_a_rotation_with_the_files_that_the_operator_has(shell: Shell) -> None:
     prepared(shell, "anna", "ben", "carl")
     done(shell("operator", "revoke", "op", "carl"))

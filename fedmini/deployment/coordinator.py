@@ -1,6 +1,7 @@
 """The coordinator's process: the rounds of one run, between the devices that the gate lets in and the run's folder.
 
-`python -m fedmini.deployment.coordinator DIR RUN LOCAL_PORT`, as the supervisor starts it. It logs JSON lines on stderr.
+`python -m fedmini.deployment.coordinator DIR RUN LOCAL_PORT [PARENT]`, as the supervisor starts it. It logs JSON lines on
+stderr, and ends with its parent, the process PARENT.
 """
 
 import os
@@ -29,7 +30,8 @@ from fedmini.server_folder import ServerFolder
 from fedmini.types import Manifest
 
 LINK_SECONDS = 60.0  # for the gate to come back
-STATE = "state"
+STATE, LOCKED = "state", "coordinator"
+ENDED_EARLY = 128 + signal.SIGTERM  # not 0: the run is not over
 
 
 Connect: TypeAlias = Callable[[ServerFolder, RunFiles], tuple[ServerLink, RollCall]]
@@ -43,7 +45,9 @@ def serve_run(path: Path, name: str, local_port: int, emit: Emit, randomness: Ra
         link = ServerLink(local_port, {HEADER: folder.token}, max_payload_bytes(files.manifest))
         return link, RollCall(folder, local_port, link, files.signed, emit)
 
-    serve_over(connect, path, name, emit, randomness)
+    server_folder.opened(path)  # says what a folder is not, before anything is made in it
+    with gate.locked(path / STATE / LOCKED, gate.LOCK_SECONDS):
+        serve_over(connect, path, name, emit, randomness)
 
 
 def serve_over(connect: Connect, path: Path, name: str, emit: Emit, randomness: Randomness = FROM_OS) -> None:
@@ -58,6 +62,7 @@ def serve_over(connect: Connect, path: Path, name: str, emit: Emit, randomness: 
             files.manifest, lambda: initial_adapter(files.manifest), files.directory, ledger
         )
         run_history.check_evaluations(history, evaluation_ledger)
+        status.write_starting(files.manifest, state.round_num, history[-1] if history else {})
         link, roll = connect(folder, files)
         try:
             _begin(link, status)
@@ -100,11 +105,11 @@ def max_payload_bytes(manifest: Manifest) -> int:
 
 def run_process(arguments: list[str], randomness: Randomness) -> int:
     """What the process does; its exit code: 0 where the run is over, 2 where somebody has to do something first."""
-    if len(arguments) != 3 or not arguments[2].isdecimal():
-        print("usage: python -m fedmini.deployment.coordinator DIR RUN LOCAL_PORT", file=sys.stderr)
+    if len(arguments) not in (3, 4) or not all(one.isdecimal() for one in arguments[2:]):
+        print("usage: python -m fedmini.deployment.coordinator DIR RUN LOCAL_PORT [PARENT]", file=sys.stderr)
         return 2
-    gate.end_with(os.getppid())
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_early)
+    gate.end_with(int(arguments[3]) if len(arguments) == 4 else os.getppid())
     emit = events.to_stream(sys.stderr, "json", "coordinator")
     try:
         serve_run(Path(arguments[0]), arguments[1], int(arguments[2]), emit, randomness)
@@ -114,8 +119,9 @@ def run_process(arguments: list[str], randomness: Randomness) -> int:
     return 0
 
 
-def _end(*_: object) -> NoReturn:
-    raise SystemExit(0)
+def end_early(*_: object) -> NoReturn:
+    """End this process, as one that is to be started again unless its parent ends too; a signal handler."""
+    raise SystemExit(ENDED_EARLY)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedmini import offer as offers
 from fedmini.deployment.preference import Preference
-from fedmini.errors import FedMiniError, UpdateError
+from fedmini.errors import ConfigError, FedMiniError, UpdateError
 from fedmini.events import Emit
 from fedmini.flower import registry, replies
 from fedmini.flower.codec import Envelope
@@ -54,6 +54,7 @@ class RollCall:
         self._fingerprint = ""
         self._roll: Roll = folder.roll()
         self._known: dict[DeviceId, _Known] = {}
+        self._refused: dict[DeviceId, str] = {}  # whom the SuperLink does not let in, and why
         self._next_look = 0.0
 
     @property
@@ -71,11 +72,12 @@ class RollCall:
 
     def waiting_for(self) -> dict[DeviceId, str]:
         """Who is enrolled and not ready, and why."""
-        return {
+        missing = {
             name: known.why if known.is_online else "it is not connected"
-            for name, known in sorted(self._known.items())
+            for name, known in self._known.items()
             if not known.is_ready
         }
+        return dict(sorted((missing | self._refused).items()))
 
     def node(self, device: DeviceId) -> int | None:
         """The node of a device that may log in."""
@@ -137,13 +139,23 @@ class RollCall:
         self._fingerprint = now
 
     def _registered(self, wanted: Mapping[bytes, DeviceId], local_port: int) -> dict[DeviceId, int]:
-        """The nodes of these keys, which the SuperLink lets in, and no others."""
+        """The nodes of these keys, which the SuperLink lets in, and no others: it never lets in one again that it cut off."""
         token = self._folder.token
         for node in registry.list_nodes(local_port, token):
             if node.public_key not in wanted:
                 registry.unregister_node(local_port, token, node.node_id)
+                self._folder.note_spent(node.public_key)
                 self._emit("device.cut_off", node=str(node.node_id))
-        return {name: registry.register_node(local_port, token, key) for key, name in wanted.items()}
+        nodes: dict[DeviceId, int] = {}
+        self._refused = {}
+        for key, name in wanted.items():
+            try:
+                nodes[name] = registry.register_node(local_port, token, key)
+            except ConfigError as error:  # costs nobody else
+                self._refused[name] = str(error)
+                self._folder.note_spent(key)
+                self._emit("device.refused", device=name, reason=str(error))
+        return nodes
 
     def _found(self, wanted: Mapping[bytes, DeviceId]) -> dict[DeviceId, int]:
         """The nodes of these keys that are connected or were; 0, which is no node's, where one never was."""

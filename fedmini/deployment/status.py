@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmini import files
-from fedmini.errors import StateError
+from fedmini.types import Manifest
 
 STATUS, LINK = "status.json", "link.json"
 
@@ -22,6 +22,23 @@ class StatusFile:
         """Say how things stand. A disk that refuses costs the status, and nothing else."""
         self._put(STATUS, {"time": time.time(), **status})
 
+    def write_starting(self, manifest: Manifest, round_num: int, line: Mapping[str, Any]) -> None:
+        """Say that a run goes on from a round, whose line in the metrics this is, and that nobody was asked yet."""
+        self.write(
+            {
+                "run": manifest.run_id,
+                "phase": "starting",
+                "round": round_num,
+                "num_rounds": manifest.num_rounds,
+                "attempt": None,
+                "ready": [],
+                "waiting_for": {},
+                "epsilon": line.get("epsilon", {}),
+                "eval_loss": line.get("eval_loss"),
+                "late_replies": 0,
+            }
+        )
+
     def remember_link(self, run: int) -> None:
         """Remember the run of Flower's that was begun, so that a later process can end it."""
         self._put(LINK, {"run": run})
@@ -34,13 +51,12 @@ class StatusFile:
             return None
         return run if isinstance(run, int) else None
 
-    def read(self) -> dict[str, Any]:
-        """What was said last. Raises StateError where nothing ever was."""
+    def last(self) -> dict[str, Any] | None:
+        """What was said last; None where nothing ever was."""
         try:
-            found = json.loads((self._state / STATUS).read_bytes())
-        except (OSError, ValueError) as error:
-            raise StateError(f"no server has ever run in {self._state.parent}") from error
-        return dict(found)
+            return dict(json.loads((self._state / STATUS).read_bytes()))
+        except (OSError, ValueError):
+            return None
 
     def _put(self, name: str, record: Mapping[str, Any]) -> None:
         try:

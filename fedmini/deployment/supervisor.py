@@ -80,12 +80,17 @@ class Supervisor:
         path = self._folder.path
         run_files.open_run(self._folder.run_folder(run_name), self._folder.trust)  # what is wrong is said at once
         with _locked(path / STATE / LOCK):
-            config = self._gate_config(insecure)
-            gate_child, local_port = self._start_gate(config)
-            coordinator = _Child("coordinator", [*self._commands.coordinator, str(path), run_name, str(local_port)])
+            fingerprint = self._folder.fingerprint()  # before the gate reads its certificate
+            started = self._start_gate(self._gate_config(insecure))
+            if started is None:
+                self._emit("server.stopped")
+                return 0
+            gate_child, local_port = started
+            arguments = str(path), run_name, str(local_port), str(os.getpid())
+            coordinator = _Child("coordinator", [*self._commands.coordinator, *arguments])
             self._start(coordinator)
             try:
-                return self._watch(gate_child, coordinator)
+                return self._watch(gate_child, coordinator, fingerprint)
             finally:
                 self._end([coordinator, gate_child])
                 self._emit("server.stopped")
@@ -111,25 +116,38 @@ class Supervisor:
             self._emit("server.certificate", valid_until=ends.isoformat(timespec="minutes"))
         return config
 
-    def _start_gate(self, config: GateConfig) -> tuple[_Child, int]:
-        """Start the gate, and know its port on loopback; started again later, it has the same."""
+    def _start_gate(self, config: GateConfig) -> tuple[_Child, int] | None:
+        """Start the gate, and know its port on loopback, the same when it is started again; None where we are to stop."""
         path = self._folder.path / STATE / "gate.json"
-        child = _Child("gate", [*self._commands.gate, str(path)])
+        child = _Child("gate", [*self._commands.gate, str(path), str(os.getpid())])
         files.replace_synced(path, gate.config_json(config).encode(), 0o600)
-        ready: queue.Queue[str] = queue.Queue()
-        self._start(child, ready.put)
+        said: queue.Queue[str] = queue.Queue()
+        self._start(child, said.put)
         try:
-            ports = json.loads(ready.get(timeout=READY_SECONDS))
-        except (queue.Empty, ValueError) as error:
+            ports = json.loads(self._first_line(child, said))
+        except ValueError as error:
             self._end([child])
+            if self._stopping.is_set():
+                return None
             raise StateError("the gate did not start: its log above says why; mend that, then start again") from error
         config = replace(config, port=ports["port"], local_port=ports["local_port"])
         files.replace_synced(path, gate.config_json(config).encode(), 0o600)
         self._emit("server.listens", host=config.host, port=config.port, tls=config.certificate is not None)
         return child, config.local_port
 
-    def _watch(self, gate_child: _Child, coordinator: _Child) -> int:
-        fingerprint = self._folder.fingerprint()
+    def _first_line(self, child: _Child, said: queue.Queue[str]) -> str:
+        """What a process says first; empty where it ends before, takes too long, or we are to stop."""
+        until = time.monotonic() + READY_SECONDS
+        while not self._stopping.is_set() and time.monotonic() < until:
+            has_ended = child.process is None or child.process.poll() is not None  # before we look at what it said
+            try:
+                return said.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                if has_ended:
+                    break
+        return ""
+
+    def _watch(self, gate_child: _Child, coordinator: _Child, fingerprint: str) -> int:
         while not self._stopping.wait(LOOK_SECONDS):
             for child in (gate_child, coordinator):
                 status = child.process.poll() if child.process is not None else 0
@@ -156,15 +174,20 @@ class Supervisor:
 
     def _start(self, child: _Child, on_line: Callable[[str], None] = lambda line: None) -> None:
         child.started = time.monotonic()
-        child.process = subprocess.Popen(
-            child.command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a Ctrl-C in the terminal comes to us, and we end them in their order
-        )
+        # The gate inherits this: what tells it to read its certificate anew waits until it can, and doesn't end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            child.process = subprocess.Popen(
+                child.command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a Ctrl-C in the terminal comes to us, and we end them in their order
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert child.process.stdout is not None and child.process.stderr is not None
         child.readers = [
             threading.Thread(target=_read, args=(child.process.stdout, on_line), daemon=True),

@@ -1,8 +1,8 @@
 """The SuperLink of a deployment, as a process: the device API on the network, the whole API on loopback with a token.
 
-`python -m fedmini.flower.gate CONFIG.json` runs it as a child: the configuration (it holds the token) is a file that
-only its owner can read. It says {"ready": true, ...} on stdout when both ports listen, logs JSON lines on stderr, and
-ends with its parent.
+`python -m fedmini.flower.gate CONFIG.json [PARENT]` runs it as a child: the configuration (it holds the token) is a file
+that only its owner can read. It says {"ready": true, ...} on stdout when both ports listen, logs JSON lines on stderr,
+and ends with its parent, the process PARENT.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fedmini import events
 from fedmini.errors import ConfigError, FedMiniError, StateError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedmini.flower.long_poll import LongPoll
 
 MIN_TOKEN_CHARACTERS = 32
+LOCK_SECONDS = 10.0  # in which a process whose parent was killed has noticed, and ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def serve(config: GateConfig, emit: events.Emit, on_ready: Callable[[int, int], 
     tls = None
     if config.certificate is not None and config.private_key is not None:
         tls = listener.tls_context(config.certificate, config.private_key)
-    with locked(config.database), contextlib.ExitStack() as sockets:
+    with locked(config.database, LOCK_SECONDS), contextlib.ExitStack() as sockets:
         public = sockets.enter_context(listener.bind(config.host, config.port))
         local = sockets.enter_context(listener.bind("127.0.0.1", config.local_port))
         uvloop.run(_run(config, (public, local, tls), emit, on_ready))  # half the time of asyncio's own loop
@@ -109,6 +110,7 @@ async def _run(
     _stop_on_signals(polls, public, local)
     if bound[2] is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, partial(_read_anew, bound[2], config, emit))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # one that came while we started arrives now
     async with app.router.lifespan_context(app), asyncio.TaskGroup() as group:
         group.create_task(public.run_until_told())
         group.create_task(local.run_until_told())
@@ -141,18 +143,30 @@ def _stop_on_signals(polls: "LongPoll", *listeners: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(database: Path) -> Iterator[None]:
-    """Hold a database for this process. The kernel lets go of it however the process ends."""
+def locked(database: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a database for this process. The kernel lets go of it however the process ends.
+
+    Raises StateError where another process still holds it after `wait_s`.
+    """
     try:
         file = database.with_name(f"{database.name}.lock").open("a")
     except OSError as error:
         raise ConfigError(f"can't write beside the database {database}: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StateError(f"another server is running on {database}: stop it first") from error
+        until = time.monotonic() + wait_s
+        while not _has_locked(file):
+            if time.monotonic() >= until:
+                raise StateError(f"another server is running on {database}: stop it first")
+            time.sleep(0.1)
         yield
+
+
+def _has_locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_config(path: Path) -> GateConfig:
@@ -187,10 +201,10 @@ def is_loopback(host: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run a gate from a configuration file; 2 where it can't start."""
-    if len(arguments) != 1:
-        print("usage: python -m fedmini.flower.gate CONFIG.json", file=sys.stderr)
+    if len(arguments) not in (1, 2) or not all(one.isdecimal() for one in arguments[1:]):
+        print("usage: python -m fedmini.flower.gate CONFIG.json [PARENT]", file=sys.stderr)
         return 2
-    parent = os.getppid()
+    parent = int(arguments[1]) if len(arguments) == 2 else os.getppid()
     emit = events.to_stream(sys.stderr, "json", "gate")
     try:
         config = read_config(Path(arguments[0]))
@@ -208,6 +222,7 @@ def _say_ready(port: int, local_port: int) -> None:
 
 
 def _prepare_process(config: GateConfig) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # before any thread; the kernel keeps one that comes
     os.umask(0o077)
     os.environ.update(quiet_environment(config.database.parent.resolve()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -228,13 +243,15 @@ def quiet_environment(folder: Path) -> dict[str, str]:
 
 
 def end_with(parent: int, interval_s: float = 0.5) -> None:
-    """Ask this process to end as soon as its parent is another one: the first has died."""
+    """Ask this process to end as soon as its parent is another one than this, now or later: that one has died."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(interval_s)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    if os.getppid() != parent:  # before it does anything
+        os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 

@@ -45,8 +45,8 @@ def register_node(local_port: int, token: str, public_key: bytes) -> int:
             if error.status not in (400, 412):
                 raise
             raise ConfigError(
-                "a device's public key was refused: expected a key on a NIST curve, as PEM, that was never revoked. "
-                "Let the device make a new one"
+                "its login key was refused: expected one on a NIST curve, as PEM, that was never cut off; make another with "
+                "`fedmini device new-login` on the device, and enroll its device.pub again"
             ) from error
 
 

@@ -6,7 +6,7 @@ DIR/operator.pub       the operator's public key that it began with; DIR/rotatio
 DIR/revocations.json   the newest list seen
 DIR/devices/NAME.json  the certificate and the login key of an enrolled device
 DIR/loopback.token     what a process on this machine shows to be let in (0600)
-DIR/runs/NAME/...      a run each          DIR/state/...   what connects devices now
+DIR/runs/NAME/...      a run each          DIR/state/...   what connects devices now, and has cut off
 
 Every file is there whole or not at all. A running server reads it all without a lock (roll.py).
 """

@@ -57,6 +57,15 @@ def check_free(device: EnrolledDevice, known: Mapping[str, EnrolledDevice]) -> N
             )
 
 
+def check_unspent(device: EnrolledDevice, is_spent: bool) -> None:
+    """Raise ConfigError where a device's login key is one that the SuperLink lets in no more."""
+    if is_spent:
+        raise ConfigError(
+            f"the login key of {device.certificate.device_id} was cut off, which is for good: run `fedmini device new-login` on "
+            "the device, and enroll the device.pub that it has then"
+        )
+
+
 def renew(certificate: Certificate, known: Mapping[str, EnrolledDevice], trust: Trust) -> tuple[str, EnrolledDevice]:
     """An enrolled device with its certificate signed anew."""
     name = certificate.device_id

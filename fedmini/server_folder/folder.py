@@ -1,5 +1,7 @@
 """A server's folder: made once, read by the running server, changed by one command at a time."""
 
+import contextlib
+import hashlib
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -85,7 +87,8 @@ class ServerFolder:
         """Let a device log in with its login key, in the place of the one that it had; the same again is fine.
 
         Raises ProtocolError where the operator did not certify it, or has revoked it; ConfigError where the keys are
-        another device's than the certificate's, or the name, the device key or the login key is taken by another.
+        another device's than the certificate's, the name, the device key or the login key is taken by another, or the
+        login key was cut off by a server that ran here.
         """
         with layout.locked(self.path):
             known = self.roll()
@@ -97,9 +100,21 @@ class ServerFolder:
             except UpdateError as error:
                 raise ConfigError(str(error)) from error
             checks.check_free(device, known.devices)
+            checks.check_unspent(device, self.is_spent(device.login_key_bytes))
             if known.devices.get(name) != device:
                 layout.write_file(self._file_of(name), roll.write_device(device))
             return device
+
+    def note_spent(self, login_key: bytes) -> None:
+        """Note that the SuperLink has cut a login key off: it lets it in no more. A disk that refuses costs the note."""
+        with contextlib.suppress(StateError):
+            spent = layout.read_digests(self.path / layout.SPENT)
+            if (digest := hashlib.sha256(login_key).hexdigest()) not in spent:
+                layout.write_file(self.path / layout.SPENT, "".join(f"{one}\n" for one in (*spent, digest)).encode())
+
+    def is_spent(self, login_key: bytes) -> bool:
+        """Whether a server that ran here has noted that of a login key."""
+        return hashlib.sha256(login_key).hexdigest() in layout.read_digests(self.path / layout.SPENT)
 
     def revoke_local(self, name: str) -> None:
         """Don't let a device log in any more. The operator's certificate for it stays good: only its revocations end that.

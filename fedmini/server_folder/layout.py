@@ -16,6 +16,7 @@ from fedmini.errors import ConfigError, StateError
 CONFIG, TOKEN = "server.toml", "loopback.token"
 OPERATOR, ROTATIONS, REVOCATIONS, DEVICES = "operator.pub", "rotations.json", "revocations.json", "devices"
 TLS, RUNS, STATE = "tls", "runs", "state"
+SPENT = f"{STATE}/spent-logins"  # the SHA-256 of login keys that the SuperLink lets in no more, a line each
 EVERYTHING = (CONFIG, TOKEN, OPERATOR, ROTATIONS, REVOCATIONS, DEVICES, TLS, RUNS, STATE)
 SECRETS = (".key", ".token")
 
@@ -42,6 +43,11 @@ def read_file(path: Path) -> bytes:
             return file.read(MAX_FILE_BYTES)
     except OSError as error:
         raise StateError(f"can't read {path}: {error.strerror}; bring it back from a backup") from error
+
+
+def read_digests(path: Path) -> tuple[str, ...]:
+    """The lines of a file of digests; none where there is no such file. Raises StateError."""
+    return tuple(read_file(path).decode("ascii", "replace").split()) if path.exists() else ()
 
 
 def write_file(path: Path, content: bytes) -> None:

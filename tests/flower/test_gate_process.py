@@ -1,10 +1,13 @@
 """A gate as a process: it says when it listens, outlives a kill by its database, and never runs twice on one."""
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +50,7 @@ def test_a_second_gate_on_a_database_or_a_port_says_so_and_ends(door: GateProces
         (replace(door.config, database=other / "db", port=0), f"can't listen on 127.0.0.1:{door.local_port}"),
     ):
         second = spawn(config, other)
-        assert second.wait(30) == 2
+        assert second.wait(60) == 2
         assert second.stdout is not None and second.stdout.read() == ""
         second.stdout.close()
         assert wanted in (other / "gate.log").read_text().splitlines()[-1]
@@ -86,6 +89,42 @@ def test_a_gate_ends_with_its_parent(tmp_path: Path):
             parent.kill()
             parent.wait(20)
             assert readable(handle, 20)  # a pidfd is, once its process has ended
+
+
+def test_a_gate_whose_parent_died_before_it_could_look_never_listens(tmp_path: Path):
+    config = gate.GateConfig("127.0.0.1", 0, 0, tmp_path / "superlink.db", None, None, "x" * 64)
+    path = tmp_path / "gate.json"
+    path.touch(mode=0o600)
+    path.write_text(gate.config_json(config))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait(30)
+    command = [sys.executable, "-m", "fedmini.flower.gate", str(path), str(dead.pid)]
+    orphan = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (orphan.returncode, orphan.stdout) == (-signal.SIGTERM, "")
+    assert not config.database.exists()
+
+
+def test_a_gate_without_tls_has_nothing_to_read_anew_and_lives_on(tmp_path: Path):
+    with running_gate(tmp_path, certificate=None, private_key=None) as door:
+        os.kill(door.process.pid, signal.SIGHUP)
+        assert registry.list_nodes(door.local_port, door.token) == ()
+        assert door.stop() == 0
+
+
+def test_a_change_while_a_gate_starts_is_read_when_it_listens(tmp_path: Path):
+    with running_gate(tmp_path) as door:
+        assert door.stop() == 0
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # as a supervisor does
+        try:
+            process = spawn(door.config, tmp_path)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with process.stdout:
+            process.send_signal(signal.SIGHUP)
+            assert json.loads(process.stdout.readline())["ready"]
+            process.terminate()
+            assert process.wait(20) == 0
+    assert "gate.certificate_read" in door.log
 
 
 def test_a_gate_logs_no_secret_and_no_content(door: GateProcess):
@@ -134,6 +173,17 @@ def test_a_database_is_held_by_one_at_a_time_and_given_back(tmp_path: Path):
         pass
     with gate.locked(database):
         pass
+
+
+def test_a_database_that_is_held_a_moment_longer_is_waited_for(tmp_path: Path):
+    database, is_given_back = tmp_path / "superlink.db", threading.Event()
+    with contextlib.ExitStack() as held:
+        held.enter_context(gate.locked(database))
+        timer = threading.Timer(0.3, lambda: (is_given_back.set(), held.close()))
+        timer.start()
+        with gate.locked(database, wait_s=20.0):
+            assert is_given_back.is_set()
+        timer.join()
 
 
 def test_importing_the_gate_loads_no_flower_and_changes_no_environment():
