@@ -63,6 +63,10 @@ def test_an_override_replaces_one_value_and_unset_removes_it(tmp_path: Path) -> 
         ("floors.min_corrupt_fraction=1", "floors.min_corrupt_fraction: input should be less than 1, got 1"),
         ("floors.min_survivors=0", "floors.min_survivors: input should be greater than or equal to 1, got 0"),
         ("floors.allow_no_privacy=perhaps", "floors.allow_no_privacy: input should be a valid boolean"),
+        ("device.server='https://[::1'", "device.server: expected https://HOST:PORT"),
+        ("device.server='https://h:99999'", "device.server: expected https://HOST:PORT"),
+        ("device.server='https://me:secret@h'", "device.server: expected https://HOST:PORT"),
+        ("store.max_age_days=1e308", "store.max_age_days: input should be less than or equal to 1000000"),
         ("floors", "--set expects section.key=value"),
     ],
 )
@@ -83,6 +87,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=complaint):
         config.load_device_config(path)
+
+
+@pytest.mark.parametrize("server", ["https://h", "https://h:1", "https://[::1]:65535", "http://127.0.0.1:8443"])
+def test_a_servers_address_is_taken_as_it_is(server: str) -> None:
+    assert config.parse_device_config({"device": {"server": server}}).device.server == server
+
+
+@pytest.mark.parametrize("key", ["max_examples", "max_bytes"])
+def test_a_limit_of_the_store_is_one_that_its_database_can_hold(key: str) -> None:
+    assert config.parse_device_config({"store": {key: 2**63 - 1}})
+    with pytest.raises(ConfigError, match=f"store.{key}: input should be less than"):
+        config.parse_device_config({"store": {key: 2**63}})
 
 
 def test_a_key_that_a_terminal_would_obey_is_shown_spelled_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -9,6 +10,9 @@ from fedmini.config.sections import BaseSection, Count, Fraction, Positive, Sect
 
 # Of this much the accountant keeps 1e-12 back (docs/accounting.md, section 5).
 TargetDelta = Annotated[float, Field(gt=1e-12, lt=1)]
+
+# What SQLite can count.
+StoredCount = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class DeviceSection(Section):
@@ -18,6 +22,13 @@ class DeviceSection(Section):
     server_key: Path | None = None  # the certificate that the server's is checked against, PEM; None: the system's
     lifetime_epsilon: Positive = 10.0
     lifetime_delta: TargetDelta = 1e-5
+
+    @field_validator("server")
+    @classmethod
+    def _an_address(cls, server: str | None) -> str | None:
+        if server is not None and not _is_address(server):
+            raise ValueError("expected https://HOST:PORT, with a port from 1 to 65535")
+        return server
 
 
 class FloorsSection(Section):
@@ -37,9 +48,9 @@ class FloorsSection(Section):
 class StoreSection(Section):
     """How many of a person's examples are kept, how long, and in how much room; the oldest go first."""
 
-    max_examples: Count = 10_000
-    max_age_days: Positive | None = None  # None: no limit
-    max_bytes: Count = 64 * 2**20
+    max_examples: StoredCount = 10_000
+    max_age_days: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None  # None: no limit
+    max_bytes: StoredCount = 64 * 2**20
 
 
 class ConditionsSection(Section):
@@ -89,3 +100,12 @@ class DeviceConfig(Section):
     conditions: ConditionsSection = ConditionsSection()
     training: TrainingSection = TrainingSection()
     consent: ConsentSection = ConsentSection()
+
+
+def _is_address(server: str) -> bool:
+    try:
+        found = urlsplit(server)
+        is_bare = found.username is None and found.netloc == server.partition("//")[2]
+        return bool(found.hostname) and found.port != 0 and is_bare
+    except ValueError:  # of the port, or of an IPv6 address without its end
+        return False

@@ -16,6 +16,7 @@ from fedmini.errors import (
     PrivacyBudgetError,
     ProtocolError,
     ReplayError,
+    StateError,
     UpdateError,
 )
 from fedmini.flower import replies
@@ -115,7 +116,7 @@ class Answers:
             self._explain(participation.why_done(self._membership.enrolled(), manifest))
             return Envelope("ready")
         except BaseException as error:
-            self._explain(f"it does not take part in run {manifest.run_id}: {in_words(error)}")
+            self._explain(_no_part(manifest, error))
             raise
 
     def _take_part(self, envelope: Envelope) -> Envelope:
@@ -123,7 +124,13 @@ class Answers:
         if wire.is_invitation(envelope.payload) and (held := self._held()) is not None:
             return held
         is_evaluation = envelope.fields.get("release") == EVALUATION
-        answer = run.answer(envelope.payload, is_evaluation=is_evaluation)
+        try:
+            answer = run.answer(envelope.payload, is_evaluation=is_evaluation)
+        except StateError as error:  # a full disk: the next round fails too, until its owner has made room
+            self._explain(_no_part(run.manifest, error))
+            raise
+        if wire.is_invitation(envelope.payload):
+            self._explain(None)
         newest = run.newest_model()
         if run.has_contributed:
             self._diary.went_well(About.ROUND)
@@ -165,6 +172,10 @@ class Answers:
 
     def _ready(self, manifest_hash: str) -> Participation:
         return self._membership.ready(manifest_hash, self._means)
+
+
+def _no_part(manifest: Manifest, error: BaseException) -> str:
+    return f"it does not take part in run {manifest.run_id}: {in_words(error)}"
 
 
 def _refusal(error: FedMiniError) -> Envelope:

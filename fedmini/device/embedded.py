@@ -13,11 +13,11 @@ from fedmini import operator_keys
 from fedmini.conditions import DailyUsage, DeviceConditions, LinuxConditions, Policy
 from fedmini.conditions.policy import local_time
 from fedmini.config import ConditionsSection, DeviceConfig
-from fedmini.device import kept_adapter, participation, settings
+from fedmini.device import kept_adapter, loaded_base, participation, settings
 from fedmini.device.diary import About, Diary
 from fedmini.device.examples import Examples
 from fedmini.device.interruption import Interruption
-from fedmini.device.loaded_base import LoadedBase, Messages
+from fedmini.device.loaded_base import LoadedBase
 from fedmini.device.membership import Membership
 from fedmini.device.participation import RECEIPTS, Means
 from fedmini.device.receipts import DeviceReceipt, Receipts
@@ -63,10 +63,10 @@ class Device:
         Raises ConfigError, or StateError where the folder is in use or damaged. Where only the examples can't be read,
         it opens: `status` says why, and `forget` begins anew without them.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = settings.folder_at(folder)
         self._lock = threading.RLock()
         self._held = ExitStack()
-        with ExitStack() as held:
+        with settings.taken_from(self.folder), ExitStack() as held:
             config = settings.device_config(self.folder, config)
             self._server = settings.server_of(server, server_key, config)
             if not self.folder.exists():
@@ -227,7 +227,7 @@ class Device:
     def reply_in_pieces(self, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> Iterator[str]:
         """The same, as it is made. It ends with StateError where `forget` or `close` comes before its end."""
         self._check_open()
-        messages = _conversation(prompt, max_new_tokens)
+        messages = loaded_base.conversation(prompt, max_new_tokens)
         return self._base.reply(self._adapter(), messages, max_new_tokens)
 
     def _adapter(self) -> tuple[Manifest, Adapter] | None:
@@ -282,16 +282,3 @@ def _lock_folder(folder: Path, held: ExitStack) -> None:
         ) from error
     except OSError as error:
         raise StateError(f"can't lock {folder}: {error.strerror}; let the user who runs this own the folder") from error
-
-
-def _conversation(prompt: object, max_new_tokens: object) -> Messages:
-    """The messages of a prompt or a conversation. Raises ConfigError, which never holds what they say."""
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise ConfigError("max_new_tokens: expected a whole number of at least 1")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, Sequence) or not messages or isinstance(messages, bytes):
-        raise ConfigError('expected a prompt, or a conversation of {"role": ..., "content": ...}')
-    for one in messages:
-        if not isinstance(one, Mapping) or not all(isinstance(one.get(key), str) for key in ("role", "content")):
-            raise ConfigError('expected a conversation of {"role": ..., "content": ...}, both of them text')
-    return list(messages)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedmini.config import StoreSection
-from fedmini.errors import StateError
+from fedmini.errors import ConfigError, StateError
 from fedmini.store import ExampleStore, StoredExample
 from fedmini.store.key_places import FindKeyring
 
@@ -16,9 +16,9 @@ CHUNK_BYTES = 2**20
 
 
 class Examples:
-    """The store of a device. Where it can't be opened, every use raises StateError, which says why, and tries again.
+    """The store of a device. Where it can't be opened, every use raises StateError, or ConfigError where it can't be made.
 
-    Safe from several threads.
+    It says why; the next use tries again. Safe from several threads.
     """
 
     def __init__(self, folder: Path, limits: StoreSection, find_keyring: FindKeyring) -> None:
@@ -27,7 +27,7 @@ class Examples:
         self._is_closed = False
         self._opening = threading.Lock()
         self.problem: str | None = None  # why it can't be opened
-        with suppress(StateError):
+        with suppress(StateError, ConfigError):
             self._opened()
 
     def __repr__(self) -> str:
@@ -63,11 +63,12 @@ class Examples:
         """Erase all of it and begin anew, where it can't be read too. Raises StateError where the disk refuses."""
         try:
             return self._opened().erase()
-        except StateError:
+        except (StateError, ConfigError):
             self._let_go()
         try:
-            _overwrite(self._folder)
-            shutil.rmtree(self._folder)
+            if self._folder.exists():
+                _overwrite(self._folder)
+                shutil.rmtree(self._folder)
         except OSError as error:
             raise StateError(f"can't erase {self._folder}: {error.strerror}; delete that folder") from error
         self._opened()
@@ -91,7 +92,7 @@ class Examples:
                 try:
                     self._store = ExampleStore.open(self._folder, self._limits, find_keyring=self._find_keyring)
                     self.problem = None
-                except StateError as error:
+                except (StateError, ConfigError) as error:
                     self.problem = str(error)
                     raise
             return self._store

@@ -91,6 +91,19 @@ class LoadedBase:
             return self._base
 
 
+def conversation(prompt: object, max_new_tokens: object) -> Messages:
+    """The messages of a prompt or a conversation. Raises ConfigError, which never holds what they say."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ConfigError("max_new_tokens: expected a whole number of at least 1")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not messages or isinstance(messages, bytes):
+        raise ConfigError('expected a prompt, or a conversation of {"role": ..., "content": ...}')
+    for one in messages:
+        if not isinstance(one, Mapping) or not all(isinstance(one.get(key), str) for key in ("role", "content")):
+            raise ConfigError('expected a conversation of {"role": ..., "content": ...}, both of them text')
+    return list(messages)
+
+
 class _Talker:
     """What speaks: the base alone, or with LoRA. The modules are its own, as a reply changes them; the weights are shared."""
 

@@ -80,11 +80,12 @@ class Membership:
             self._opened.close()
             self._opened = ExitStack()
 
-    def leave_rounds(self) -> None:
-        """Give up the rounds that go on; the models stay."""
+    def leave_rounds(self, means: Means | None = None) -> None:
+        """Give up the rounds that go on, with these means where any are given; the models stay."""
         with self._lock:
             for ready in self._ready.values():
-                ready.close()
+                if means is None or ready.means is means:
+                    ready.close()
 
     def consider(self, offer: Offer) -> str | None:
         """Take what the operator has signed since, and say what stands against taking part: "consent", or nothing.
@@ -169,8 +170,9 @@ class Membership:
         with self._lock:
             own = self.enrolled()
             manifest = own.manifest(manifest_hash)
-            if manifest_hash in self._ready:
-                return self._ready[manifest_hash]
+            known = self._ready.get(manifest_hash)
+            if known is not None and known.enrolment is own and known.means is means:
+                return known
             for other in self._ready.values():
                 other.close()
             self._ready = {}  # one model in memory
@@ -182,7 +184,9 @@ class Membership:
         ready = Participation(own, manifest, read_examples, means)
         with self._lock:
             own.manifest(manifest_hash)  # its owner may have left it meanwhile
-            self._ready = {manifest_hash: ready}
+            # Loading takes long: a worker that was given up meanwhile must not take the place of the next one's.
+            if own is self._enrolment and not means.interruption.is_stopped:
+                self._ready = {manifest_hash: ready}
         return ready
 
     def _frozen(self, own: Enrolment, manifest: Manifest, means: Means) -> tuple[EncodedExample, ...]:

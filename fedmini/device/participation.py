@@ -9,6 +9,7 @@ from functools import partial
 from fedmini import vectors
 from fedmini.conditions import DailyUsage
 from fedmini.contributor import Contributor
+from fedmini.device import room
 from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase
 from fedmini.device.receipts import DeviceReceipt, Receipts
@@ -48,7 +49,7 @@ class Participation:
         means: Means,
     ) -> None:
         self.manifest = manifest
-        self._enrolment, self._means, self._read_examples = enrolment, means, read_examples
+        self.enrolment, self.means, self._read_examples = enrolment, means, read_examples
         self._receipts = Receipts(enrolment.folder / RECEIPTS)
         self._given: tuple[Manifest, TrainTask] | None = None  # what the newest answer contributed to
         self._model = means.base.model(manifest)
@@ -71,18 +72,20 @@ class Participation:
         if manifest is None:
             raise ProtocolError(f"run {self.manifest.run_id!r} has no evaluations on devices")
         if wire.is_invitation(request):  # what would stop its training later stops it before it costs the run anything
-            self._means.interruption.begin()
-            self._means.interruption.check()
+            self.means.interruption.begin()
+            self.means.interruption.check()
             self._contributor = self._made_contributor(manifest, self._read_examples())
             self.close()  # one round at a time, of either kind
+            room.take(self.enrolment.folder)
         answer = self._members[is_evaluation].answer(request)
         if self._given is not None:
-            self._means.usage.contributed()
+            self.means.usage.contributed()
             self._receipts.append(self._receipt(*self._given, answer))
         return answer
 
     def close(self) -> None:
         """Give up what goes on, and erase its secrets."""
+        room.give_up(self.enrolment.folder)
         for member in self._members.values():
             member.close()
 
@@ -99,27 +102,28 @@ class Participation:
         return task.round_num - 1, vectors.to_bytes(task.adapter, self.manifest.template)
 
     def _made_member(self, *, is_evaluation: bool) -> Member:
-        is_seeded = self._means.randomness.is_seeded
+        is_seeded = self.means.randomness.is_seeded
         contribute = partial(self._contribute, is_evaluation)
-        return self._enrolment.member(self.manifest.hash, contribute, is_evaluation=is_evaluation, is_seeded=is_seeded)
+        return self.enrolment.member(self.manifest.hash, contribute, is_evaluation=is_evaluation, is_seeded=is_seeded)
 
     def _made_contributor(self, manifest: Manifest, examples: tuple[EncodedExample, ...]) -> Contributor:
         return Contributor(
-            self._enrolment.identity.certificate.device_id,
+            self.enrolment.identity.certificate.device_id,
             examples,
             self._model,
             manifest,
-            self._means.randomness.streams,
-            self._means.base.physical_batch_size,
+            self.means.randomness.streams,
+            self.means.base.physical_batch_size,
         )
 
     def _contribute(self, is_evaluation: bool, task: TrainTask) -> Contribution:
         """Train, or evaluate, within what this device's owner allows."""
-        self._means.interruption.begin()
-        self._means.interruption.check()
-        with self._means.usage.training():
+        self.means.interruption.begin()
+        self.means.interruption.check()
+        room.give_up(self.enrolment.folder)  # for what is written from here on: the debit stands
+        with self.means.usage.training():
             contribution = self._contributor.contribute(task)
-        self._means.interruption.check()
+        self.means.interruption.check()
         manifest = self.manifest.for_evaluation if is_evaluation else self.manifest
         assert manifest is not None
         self._given = (manifest, task)
@@ -134,7 +138,7 @@ class Participation:
             manifest_hash=manifest.hash,
             size_bytes=len(answer),
             sha256=hashlib.sha256(answer).hexdigest(),
-            epsilon=spent(self._enrolment)[1],
+            epsilon=spent(self.enrolment)[1],
         )
 
 

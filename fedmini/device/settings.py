@@ -1,7 +1,8 @@
 """What a device is told when it is opened: its limits, its server, and which certificate that has to show."""
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,29 @@ class Server:
         return None if self.url.startswith("http://") else tls_context(_content(self.key))
 
 
+def folder_at(given: Path | str) -> Path:
+    """A device's folder, which need not be there yet. Raises ConfigError where none can be."""
+    try:
+        folder = Path(given).expanduser()
+        with taken_from(folder), suppress(FileNotFoundError):
+            folder.stat()
+    except (ValueError, TypeError, RuntimeError):  # a null byte, no path at all, nobody's home
+        raise ConfigError("the device's folder: expected a path, one that this system can have") from None
+    return folder
+
+
+@contextmanager
+def taken_from(folder: Path) -> Iterator[None]:
+    """Inside, what the disk refuses becomes a ConfigError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"can't use {quoted(folder)} as a device's folder: {error.strerror}; let the user who runs this own it, or "
+            "choose another"
+        ) from error
+
+
 def device_config(folder: Path, given: DeviceConfig | Mapping[str, Any] | None) -> DeviceConfig:
     """What was given, in the place of the folder's device.toml. Raises ConfigError."""
     if isinstance(given, DeviceConfig):
@@ -58,10 +82,10 @@ def _content(key: Path | str | None) -> bytes | None:
         return None
     if isinstance(key, str) and "-----BEGIN CERTIFICATE-----" in key:
         return key.encode("utf-8", "replace")
-    path = Path(key).expanduser()
     try:
+        path = Path(key).expanduser()
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"server_key: can't read {quoted(path)}: {error.strerror}") from error
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):
         raise ConfigError("server_key: expected a certificate in PEM, or the path of a file of it") from None

@@ -11,16 +11,17 @@ from fedmini.conditions import Policy
 from fedmini.device.answering import Answers
 from fedmini.device.diary import About, Diary, in_words
 from fedmini.device.membership import Membership
-from fedmini.device.open_sockets import OpenSockets
 from fedmini.device.participation import Means
 from fedmini.device.settings import Server
 from fedmini.enrolment import Enrolment
 from fedmini.errors import FedMiniError, LinkError
 from fedmini.flower.codec import Envelope
 from fedmini.flower.fleet import FleetConnection, Received
+from fedmini.flower.open_sockets import OpenSockets
 from fedmini.secagg import wire
 from fedmini.vectors import num_parameters
 
+LOGOUT_SECONDS = 1.0  # for a logout on the way out: without it, the server takes a device for gone a minute later
 LOOK_SECONDS = 0.3  # between two looks at the conditions, while connected
 REST_SECONDS = 5.0  # between two looks while it may not train
 STOP_SECONDS = 6.0  # for the threads to end; one that an app's or a library's code holds ends by itself, later
@@ -57,7 +58,7 @@ class Worker:
         self._sockets = OpenSockets()
         self._is_serving = False
         self._is_connected = False
-        self._is_pulling = False
+        self._is_waiting = False  # for the server, to log in or for a message: nothing is lost where that is cut
         self._lost_at: float | None = None
         self._wait_s = FIRST_WAIT_SECONDS
         self._threads: list[threading.Thread] = []
@@ -88,8 +89,11 @@ class Worker:
             alive = next((thread for thread in others if thread.is_alive()), None)
             if alive is None:
                 break
-            if self._is_pulling or passed > STOP_SECONDS / 2:  # by then a logout has had its time
+            has_had_its_time = passed > LOGOUT_SECONDS
+            if self._is_waiting or has_had_its_time:
                 self._sockets.shut()
+            if has_had_its_time and self._sockets.is_resolving:
+                break
             alive.join(LOOK_SECONDS / 3)
         self._parts.diary.why = "it was stopped"
 
@@ -139,7 +143,7 @@ class Worker:
     def _watch(self) -> None:
         """Ends what goes on when the conditions do."""
         while not self._stopping.wait(LOOK_SECONDS):
-            if self._cut.is_set() and self._is_pulling:
+            if self._cut.is_set() and self._is_waiting:
                 self._sockets.shut()  # it had begun just before
             if not self._is_serving or self._cut.is_set():
                 continue
@@ -152,12 +156,10 @@ class Worker:
         parts = self._parts
         own, tls = parts.membership.enrolled(), parts.server.tls()
         max_bytes = max_payload_bytes(own)
-        connection = FleetConnection(
-            parts.server.url, self._sockets.watch(tls) if tls is not None else None, own.login_key, max_bytes
-        )
+        connection = FleetConnection(parts.server.url, tls, own.login_key, max_bytes, self._sockets)
         parts.diary.why = "it is connecting to its server"
         try:
-            connection.open()
+            self._open(connection)
             parts.means.interruption.allow()
             self._is_serving = True
             parts.diary.tell("device.connected")
@@ -171,7 +173,14 @@ class Worker:
             try:
                 connection.close()
             finally:
-                parts.membership.leave_rounds()
+                parts.membership.leave_rounds(parts.means)
+
+    def _open(self, connection: FleetConnection) -> None:
+        self._is_waiting = True
+        try:
+            connection.open()
+        finally:
+            self._is_waiting = False
 
     def _note_connected(self) -> None:
         if self._is_connected:
@@ -189,7 +198,7 @@ class Worker:
         Raises LinkError where the server refuses, or was away for so long that this device has to log in anew.
         """
         received = None
-        self._is_pulling = True
+        self._is_waiting = True
         try:
             received = connection.pull() if self._goes_on() else None
             self._wait_s = FIRST_WAIT_SECONDS
@@ -204,7 +213,7 @@ class Worker:
         except FedMiniError as error:  # a message that can't be used: the next may be better
             self._parts.diary.note(error, About.OFFER)
         finally:
-            self._is_pulling = False
+            self._is_waiting = False
         self._note_connected()
         return received
 

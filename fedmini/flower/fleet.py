@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,11 +26,13 @@ from fedmini.errors import ConfigError, LinkError, UpdateError
 from fedmini.flower import codec, objects
 from fedmini.flower.calls import Calls
 from fedmini.flower.codec import Envelope
+from fedmini.flower.open_sockets import OpenSockets
 
 HEARTBEAT_SECONDS = 20.0  # the server takes a device for gone after about twice that
 EMPTY_SECONDS = 0.3  # at least, between two empty answers: a stock SuperLink holds none
 POLL_SECONDS = 40.0  # longer than the server holds an empty answer
-CLOCK_TOLERANCE_SECONDS = 60.0
+CLOCK_TOLERANCE_SECONDS = 2.0  # the server's own is 5, ahead of it, and 300 behind
+DATE_SECONDS = 1.0  # what a Date leaves open: it is a whole second, rounded down
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +52,21 @@ class FleetConnection:
     """
 
     def __init__(
-        self, url: str, tls: ssl.SSLContext | None, login_key: ec.EllipticCurvePrivateKey, max_payload_bytes: int
+        self,
+        url: str,
+        tls: ssl.SSLContext | None,
+        login_key: ec.EllipticCurvePrivateKey,
+        max_payload_bytes: int,
+        sockets: OpenSockets | None = None,
     ) -> None:
+        """`sockets`: where another thread finds every socket of this connection, to end it."""
         self._login_key, self._max_payload_bytes = login_key, max_payload_bytes
         self._public = login_key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
-        self._clock_offset_s = 0.0  # the server's clock minus ours: its login asks for the time
-        self._calls = Calls(url, tls, "SuperNode", self._signed, self._note_date)
+        self._clock_offset_s = 0.0  # the server's clock minus ours, as far as ours is wrong
+        self._asked = threading.local()
+        self._calls = _CalledOver(sockets or OpenSockets(), url, tls, "SuperNode", self._signed, self._note_date)
         self._node: Node | None = None
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -67,10 +77,11 @@ class FleetConnection:
     def open(self) -> None:
         """Log in. Raises LinkError: status 401 or 403 where the server doesn't know this device (any more)."""
         request = fleet_pb2.ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_SECONDS)
+        before = self._clock_offset_s
         try:
             answer = self._activate(request)
         except LinkError as error:
-            if error.status != 401 or abs(self._clock_offset_s) <= CLOCK_TOLERANCE_SECONDS:
+            if error.status != 401 or self._clock_offset_s == before:
                 raise
             answer = self._activate(request)  # with the server's time, which its refusal brought
         self._node = Node(node_id=answer.node_id)
@@ -111,7 +122,12 @@ class FleetConnection:
 
     def reply(self, received: Received, envelope: Envelope) -> int:
         """Answer a message; the number of bytes that left for it. Raises LinkError, also where the run is over."""
-        deflated = objects.Deflated(Message(codec.pack(envelope), reply_to=received.message))
+        message = Message(codec.pack(envelope), reply_to=received.message)
+        asked = received.message.metadata
+        # By the server's clock: by one that is ahead, an answer would have expired when it comes.
+        message.metadata.created_at = self._server_time()
+        message.metadata.ttl = asked.created_at + asked.ttl - message.metadata.created_at
+        deflated = objects.Deflated(message)
         request = fleet_pb2.PushMessagesRequest(
             node=self._node,
             messages_list=[deflated.head],
@@ -159,9 +175,13 @@ class FleetConnection:
                     "/v1/fleet/send-node-heartbeat", request, heartbeat_pb2.SendNodeHeartbeatResponse, 10.0
                 )
 
+    def _server_time(self) -> float:
+        return time.time() + self._clock_offset_s
+
     def _signed(self) -> dict[str, str]:
         """The headers that say who calls: a signature over the time, as the server's clock has it."""
-        timestamp = datetime.fromtimestamp(time.time() + self._clock_offset_s, UTC).isoformat()
+        self._asked.at = time.time()
+        timestamp = datetime.fromtimestamp(self._server_time(), UTC).isoformat()
         signature = self._login_key.sign(timestamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
         return {
             FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(self._public).decode("ascii"),
@@ -170,13 +190,27 @@ class FleetConnection:
         }
 
     def _note_date(self, date: str) -> None:
-        """Take over the server's clock where ours is far off; it only serves the login."""
+        """Take over the server's clock where the date of its answer says that ours is off.
+
+        The date is from some time between the call and its answer, which a poll's are far apart: what fits all of it stays.
+        """
         try:
             theirs = email.utils.parsedate_to_datetime(date).timestamp()
         except (ValueError, TypeError, OverflowError):
             return
-        offset = theirs - time.time()
-        self._clock_offset_s = offset if abs(offset) > CLOCK_TOLERANCE_SECONDS else 0.0
+        least, most = theirs - time.time(), theirs + DATE_SECONDS - self._asked.at
+        if least - CLOCK_TOLERANCE_SECONDS <= self._clock_offset_s <= most + CLOCK_TOLERANCE_SECONDS:
+            return
+        self._clock_offset_s = least  # too early is what the server bears with
+
+
+class _CalledOver(Calls):
+    """Calls whose sockets are known from before they are connected."""
+
+    def __init__(self, sockets: OpenSockets, url: str, tls: ssl.SSLContext | None, *others: Any) -> None:
+        super().__init__(url, tls, *others)
+        self._client.close()
+        self._client = sockets.client(tls)
 
 
 def tls_context(server_key: bytes | None) -> ssl.SSLContext:

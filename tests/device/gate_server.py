@@ -48,8 +48,8 @@ class GateServer:
 
 
 @contextmanager
-def gate_server(folder: Path) -> Iterator[GateServer]:
-    with running_gate(folder) as gate:
+def gate_server(folder: Path, **changes: object) -> Iterator[GateServer]:
+    with running_gate(folder, **changes) as gate:
         link = ServerLink(gate.local_port, {HEADER: gate.token}, 2**24)
         try:
             link.begin()

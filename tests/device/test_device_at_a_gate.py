@@ -4,13 +4,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from flwr.app.message import message
 
 from fedmini.device import worker
+from fedmini.flower import fleet
 from fedmini.privacy.device_ledger import DeviceLedger
 from fedmini.secagg.messages import Stage
 from tests.device import world
@@ -44,6 +49,26 @@ def test_a_device_takes_part_in_rounds_over_a_real_gate_and_leaves_at_once(base,
     owned.device.close()
     assert time.monotonic() - began < 5, "its poll is held for 15 seconds"
     assert gate.node not in gate.link.nodes(), "and it has logged out"
+
+
+@pytest.mark.parametrize("ahead_s", [20.0, 50.0, 200.0, 86400.0, -86400.0])
+def test_a_device_whose_clock_is_wrong_takes_part_by_the_servers(base, devices, gate, monkeypatch, ahead_s) -> None:
+    """Flower takes a login from up to 5 s ahead, and no answer whose time is over by its own account."""
+    real_now = message.now
+
+    def now() -> datetime:  # the server's side makes messages in this process too
+        is_device = threading.current_thread().name.startswith("fedmini-")
+        return real_now() + timedelta(seconds=ahead_s if is_device else 0.0)
+
+    monkeypatch.setattr(message, "now", now)
+    clock = SimpleNamespace(time=lambda: time.time() + ahead_s, monotonic=time.monotonic)
+    monkeypatch.setattr(fleet, "time", clock)
+    manifest = a_run(base)
+    owned = devices(manifest, url=gate.url, ca=gate.gate.ca)
+    join(gate, owned)
+    assert gate.ask(offered(manifest), 10).kind == "ready"
+    assert Round(manifest, gate.ask).run(1).num_devices == 4
+    assert owned.heard.count("device.connected") == 1 and owned.heard.count("device.problem") == 0
 
 
 def test_an_answer_that_a_broken_connection_swallows_is_given_again_and_answered_once(base, devices, gate) -> None:

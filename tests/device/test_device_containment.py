@@ -9,17 +9,22 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.proto import fleet_pb2, message_pb2
 
 from fedmini.device import worker
-from fedmini.flower import codec
+from fedmini.flower import codec, fleet
 from fedmini.flower.codec import Envelope
+from fedmini.secagg import device_keys
 from tests.device import certificates, world
+from tests.device.gate_server import gate_server
 from tests.device.hostile_server import Answer, HostileServer
 from tests.device.world import Round, a_run, offered, wait_for_status
 
@@ -205,7 +210,8 @@ def test_a_failure_in_a_library_that_is_no_exception_costs_one_answer(base, serv
             return self._found(*arguments)
 
     run = owned.device._membership._ready[manifest.hash]
-    monkeypatch.setattr(run._member, "answer", Failing(run._member.answer))
+    member = run._members[False]
+    monkeypatch.setattr(member, "answer", Failing(member.answer))
     for name in ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "MemoryError"):
         answer = server.ask(Envelope("request", {"manifest": manifest.hash, "stage": "ADVERTISE"}))
         assert answer.fields["reason"] == name and answer.fields["code"] == "failure"
@@ -284,6 +290,29 @@ def test_a_clock_that_is_off_by_a_day_is_corrected_by_the_servers_for_the_login(
     assert owned.device.status().problem is None
 
 
+def test_a_date_is_from_some_time_in_its_call_and_moves_a_clock_that_fits_no_time_of_it(monkeypatch) -> None:
+    """A SuperLink's is from when the call came, others' from when the answer left: a poll's may be half a minute old."""
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(fleet, "time", SimpleNamespace(time=lambda: now[0]))
+    connection = fleet.FleetConnection("https://127.0.0.1:1", None, device_keys.draw_login(), 2**20)
+
+    def shown_after(date: float, passed_s: float) -> float:
+        """The device's idea of the server's clock, less its own, after a call that took so long."""
+        connection._signed()
+        now[0] += passed_s
+        connection._note_date(formatdate(date, usegmt=True))
+        return connection._server_time() - now[0]
+
+    assert shown_after(now[0], 30) == 0.0, "it is right, and the date half a minute old"
+    assert shown_after(now[0] - 20, 0) == -20.0, "it is 20 s ahead"
+    assert shown_after(now[0] - 20, 30) == shown_after(now[0] + 10, 30) == -20.0, "it is, by either date of a poll"
+    assert shown_after(now[0], 0) == 0.0, "its owner has set it right"
+    for nonsense in ("", "yesterday", "Mon, 99 Foo 2026 00:00:00 GMT"):
+        connection._note_date(nonsense)
+    assert connection._server_time() == now[0]
+    connection.close()
+
+
 # Its end.
 
 
@@ -308,10 +337,73 @@ def test_it_ends_within_seconds_whatever_the_server_holds(base, server, devices,
     world.wait_until(lambda: call in server.calls or call == "deactivate-node", "the call")
     began = time.monotonic()
     owned.device.close()
-    assert time.monotonic() - began < 15, "some seconds, on a machine that is not busy"
+    assert time.monotonic() - began < 5, "about a second, on a machine that is not busy"
     world.wait_until(
         lambda: not any(one.name.startswith("fedmini") for one in threading.enumerate()), "its threads' end"
     )
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    """A port at which a connection never begins, and is never refused: its queue is full."""
+    with contextlib.ExitStack() as held:
+        listening = held.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(4):
+            filling = held.enter_context(socket.socket())
+            filling.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                filling.connect(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+def assert_prompt(call: Callable[[], None], otherwise: str) -> None:
+    """About a second, on a machine that is not busy; it waits for six at most, whatever happens."""
+    began = time.monotonic()
+    call()
+    assert time.monotonic() - began < 4, otherwise
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_it_stops_at_once_while_it_connects_to_a_server_that_never_answers(base, devices, scheme) -> None:
+    with black_hole() as port:
+        device = devices(a_run(base), url=f"{scheme}://127.0.0.1:{port}").device
+        for call in (device.stop, device.forget, device.close):
+            device.start()
+            wait_for_status(device, lambda found: "is connecting" in str(found.why_not_training), "the connection")
+            assert_prompt(call, "a connection is waited for ten seconds")
+
+
+def test_it_stops_at_once_while_the_servers_name_is_looked_up(base, devices, monkeypatch) -> None:
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    def look_up(*arguments: object) -> list[object]:
+        is_asked.set()
+        may_answer.wait(world.WAIT_S)
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    device = devices(a_run(base), url="https://fedmini.invalid:1").device
+    device.start()
+    assert is_asked.wait(world.WAIT_S)
+    try:
+        assert_prompt(device.stop, "nobody can end that")
+    finally:
+        may_answer.set()
+
+
+def test_a_poll_without_tls_on_this_machine_is_ended_at_once_too(base, devices, tmp_path) -> None:
+    with gate_server(tmp_path, certificate=None, private_key=None) as gate:
+        owned = devices(a_run(base), url=f"http://127.0.0.1:{gate.gate.port}")
+        device = owned.device
+        gate.register(owned.login_key_pem)
+        device.start()
+        for call in (device.forget, device.stop):
+            gate.wait_for_device()
+            wait_for_status(device, lambda found: found.is_connected, "the poll")
+            assert_prompt(call, "the poll is held for longer")
+        assert gate.node not in gate.link.nodes(), "and it has logged out"
 
 
 def test_a_socket_that_is_ended_is_not_closed_under_who_reads_it(base, server, devices) -> None:

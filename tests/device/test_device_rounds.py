@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmini.device import loaded_base, worker
 from fedmini.errors import CohortError, StateError
 from fedmini.flower import codec, replies
 from fedmini.flower.codec import Envelope
@@ -108,6 +109,35 @@ def test_a_full_disk_for_the_adapter_does_not_keep_a_paid_contribution(base: Pat
     assert owned.device.status().last_adapter is None
 
 
+def test_a_disk_that_takes_no_more_is_said_before_a_round_costs_anything(base: Path, server, devices) -> None:
+    manifest = a_run(base)
+    owned = devices(manifest)
+    work = begin(server, owned, manifest)
+    in_the_way = owned.folder / "room-to-write"
+    in_the_way.mkdir()
+    assert work.run(1).num_devices == 3
+    assert work.reason(Stage.ADVERTISE) == ("protocol", "refused")
+    assert releases(owned) == [] and owned.device.receipts() == ()
+    status = owned.device.status()
+    assert "make room" in status.problem and "make room" in status.why_not_training
+    in_the_way.rmdir()
+    assert work.run(1, attempt=1).num_devices == 4
+    status = owned.device.status()
+    assert status.problem is None and status.why_not_training is None
+
+
+def test_room_for_what_a_round_writes_is_held_until_it_is_needed(base: Path, server, devices) -> None:
+    """A disk that others fill up within the round takes the debit, and then what comes after it too."""
+    manifest = a_run(base)
+    owned = devices(manifest)
+    work = begin(server, owned, manifest)
+    room, sizes = owned.folder / "room-to-write", []
+    work.before = lambda stage: sizes.append(room.stat().st_size if room.exists() else 0)
+    assert work.run(1).num_devices == 4
+    assert list(work.answers)[2] is Stage.CONTRIBUTE
+    assert sizes == [0, 2**16, 2**16, 0, 0]
+
+
 # When it stops.
 
 
@@ -131,9 +161,9 @@ def begin_long(base: Path, server, devices, **sections):
 def test_training_stops_when_the_conditions_end_and_the_round_goes_on(base: Path, server, devices) -> None:
     owned, work, thread, results = begin_long(base, server, devices)
     owned.conditions.on_power = False
-    ended = time.monotonic()
+    ended = time.process_time()
     wait_for_status(owned.device, lambda status: not status.is_connected, "the end of the connection")
-    assert time.monotonic() - ended < 5, "a second, on a machine that is not busy"
+    assert time.process_time() - ended < 1.0, "of work, whatever else the machine does: training takes all that it gets"
     thread.join(60)
     assert results[0].num_devices == 3, "the round went on without it, as soon as it had refused"
     assert work.reason(Stage.CONTRIBUTE) == ("conditions", "conditions")
@@ -209,11 +239,11 @@ def test_a_device_that_was_stopped_in_a_round_gives_the_same_in_the_next(base: P
         assert (contribute(model) == undisturbed).all()
 
 
-def test_stop_ends_a_training_within_seconds_and_the_round_goes_on(base: Path, server, devices) -> None:
+def test_stop_ends_a_training_at_once_and_the_round_goes_on(base: Path, server, devices) -> None:
     owned, work, thread, results = begin_long(base, server, devices)
-    began = time.monotonic()
+    began = time.process_time()
     owned.device.stop()
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 0.5, "of work: a layer of one batch, and a logout"
     assert owned.device.status().why_not_training == "it was stopped"
     thread.join(60)
     assert results[0].num_devices == 3 and work.reason(Stage.CONTRIBUTE) == ("conditions", "conditions")
@@ -247,6 +277,55 @@ def test_the_contribution_that_uses_up_the_day_is_brought_to_its_end(base: Path,
     assert work.run(2).num_devices == 3, "and the next does not begin"
     assert work.reason(Stage.ADVERTISE) == ("conditions", "conditions")
     wait_for_status(owned.device, lambda status: "as often as it may a day" in str(status.why_not_training), "why")
+
+
+# When it begins again.
+
+
+def stop_and_start(owned) -> None:
+    owned.device.stop()
+    owned.device.start()
+
+
+def enrol_again(owned) -> None:
+    """The same certificate: fine, as `enrol` says."""
+    world.enrol(owned.device, owned.folder)
+
+
+@pytest.mark.parametrize("begin_again", [stop_and_start, enrol_again])
+def test_a_device_that_began_again_takes_part_in_the_next_round(base: Path, server, devices, begin_again) -> None:
+    manifest = a_run(base)
+    owned = devices(manifest)
+    assert begin(server, owned, manifest).run(1).num_devices == 4
+    begin_again(owned)
+    assert begin(server, owned, manifest).run(2).num_devices == 4
+    assert len(owned.device.receipts()) == 2 and owned.device.status().problem is None
+
+
+def test_a_device_stopped_while_its_base_is_loading_takes_part_once_started(
+    base: Path, server, devices, monkeypatch
+) -> None:
+    monkeypatch.setattr(worker, "STOP_SECONDS", 0.2)  # loading is a library's, and holds the thread for longer
+    is_loading, may_load, load = threading.Event(), threading.Event(), loaded_base.loading.load_base
+
+    def load_slowly(*arguments: object) -> object:
+        is_loading.set()
+        assert may_load.wait(world.WAIT_S)
+        return load(*arguments)
+
+    monkeypatch.setattr(loaded_base.loading, "load_base", load_slowly)
+    manifest = a_run(base)
+    owned = devices(manifest)
+    owned.device.start()
+    server.send(offered(manifest))
+    assert is_loading.wait(world.WAIT_S)
+    (given_up,) = (one for one in threading.enumerate() if one.name == "fedmini-device")
+    owned.device.stop()
+    may_load.set()
+    owned.device.start()
+    work = begin(server, owned, manifest)
+    work.before = lambda stage: given_up.join() if stage is Stage.SHARE else None  # its end costs the round nothing
+    assert [work.run(round_num).num_devices for round_num in (1, 2)] == [4, 4]
 
 
 # What it refuses, from its own ledger.

@@ -1,7 +1,10 @@
 """What an app sees of a device, and what its owner can do with it: reply, forget, errors that are clear."""
 
+import contextlib
 import json
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -352,6 +355,11 @@ def test_examples_that_are_none_are_refused_without_quoting_them(devices, exampl
         ("ftp://example.org", None, "server"),
         ("https://127.0.0.1:1", "/nowhere/ca.crt", "can't read"),
         ("https://127.0.0.1:1", "-----BEGIN CERTIFICATE-----\nno", "no certificate in PEM"),
+        ("https://[::1", None, "expected https://HOST:PORT"),
+        ("https://example.org:99999", None, "expected https://HOST:PORT"),
+        ("https://example.org:0", None, "expected https://HOST:PORT"),
+        ("https://:443", None, "expected https://HOST:PORT"),
+        ("https://127.0.0.1:1", "~nobody-of-that-name/ca.crt", "expected a certificate in PEM, or the path"),
         (None, None, "which server?"),
     ],
 )
@@ -371,6 +379,69 @@ def test_a_folder_that_is_no_devices_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no device's folder"):
         Device(tmp_path / "letters", find_keyring=lambda: None)
     assert list((tmp_path / "letters").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("a\0b", "expected a path"),
+        ("~nobody-of-that-name/anna", "expected a path"),
+        (7, "expected a path"),
+        ("x" * 300, "name too long; .* choose another"),
+        (f"{__file__}/anna", "Not a directory; .* choose another"),
+    ],
+)
+def test_what_can_be_no_folder_is_said(folder, reason) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Device(folder, find_keyring=lambda: None)
+
+
+@contextlib.contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """Inside, this process may not look into the folder, though it be root."""
+    is_root = os.geteuid() == 0
+    folder.chmod(0)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o700)
+
+
+def test_a_folder_of_another_user_is_said(devices, tmp_path) -> None:
+    owned = devices(is_enrolled=False)
+    owned.device.close()
+    for place in (owned.folder, tmp_path):
+        with forbidden(place), pytest.raises(ConfigError, match="Permission denied; let the user who runs this own it"):
+            Device(owned.folder, find_keyring=lambda: None)
+
+
+def test_a_file_of_it_that_cannot_be_looked_at_is_said(devices) -> None:
+    owned = devices(is_enrolled=False)
+    owned.device.close()
+    (owned.folder / "device.toml").symlink_to("x" * 300)
+    with pytest.raises(ConfigError, match="name too long"):
+        Device(owned.folder, find_keyring=lambda: None)
+
+
+def test_a_store_that_cannot_be_made_keeps_no_device_from_opening(devices) -> None:
+    owned = devices(examples=[])
+    owned.device.close()
+    (owned.folder / "examples").rename(owned.folder / "elsewhere")
+    (owned.folder / "examples").write_bytes(b"in the way")
+    device = devices(examples=[]).device
+    assert "can't make a store" in device.status().problem and device.status().num_examples == 0
+    with pytest.raises(ConfigError, match="can't make a store"):
+        device.add_example("a cab")
+    with pytest.raises(StateError, match="delete that folder"):
+        device.forget()
+    (owned.folder / "examples").unlink()
+    device.forget()
+    device.add_example("a cab")
+    assert device.status().problem is None and device.status().num_examples == 1
 
 
 def test_start_goes_on_and_comes_again(base: Path, server, devices) -> None:
