@@ -9,7 +9,7 @@ RUN/evaluation-ledger.jsonl      (where devices evaluate: what that cost)
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def open_existing(path: Path) -> RunDirectory:
 def begin(run: RunDirectory, config: RunConfig, manifest: Manifest, environment: Mapping[str, Any]) -> None:
     """Write down what this run is; from here on the directory is taken."""
     replace(run.config, dump_run_config(config).encode(), "run the same command again")
-    record = {"hash": manifest.hash, "environment": dict(environment), "manifest": asdict(manifest)}
+    record = {"hash": manifest.hash, "environment": dict(environment), "manifest": json.loads(manifest.canonical)}
     content = json.dumps(record, indent=1, sort_keys=True).encode()
     replace(run.manifest, content, "run the same command again")
 
