@@ -8,7 +8,7 @@ import getpass
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -407,7 +407,7 @@ def test_the_folder_is_free_again_after_an_error(shell: Shell) -> None:
 def test_the_manifest_of_a_runs_directory_is_signed_too(shell: Shell, tmp_path: Path) -> None:
     done(shell("operator", "init", "op"))
     manifest = a_manifest(tmp_path)
-    record = {"hash": manifest.hash, "environment": {}, "manifest": asdict(manifest)}
+    record = {"hash": manifest.hash, "environment": {}, "manifest": json.loads(manifest.canonical)}
     Path("run").mkdir()
     Path("run/manifest.json").write_text(json.dumps(record, indent=1, sort_keys=True))
     done(shell("operator", "sign-manifest", "op", "run/manifest.json"))
