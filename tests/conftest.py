@@ -1,13 +1,17 @@
 """What every test process starts from: one thread, nothing fetched, properties that repeat under CI."""
 
 import os
+import shutil
 import sys
+from pathlib import Path
 
 # Before numpy and torch are imported: tiny models are fastest on one thread, and bit-identity is promised for one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test that needs the network is wrong; this makes it fail at once instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+# The compiled kernel is built once, not in each test's own cache folder; what starts from here inherits it.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
 
 import pytest
 from hypothesis import settings
@@ -67,6 +71,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 terminalreporter.write_line(
                     f"{parser:40} {num_inputs:10,} inputs {rate:8,.0f} a second {peak / 2**20:8.2f} MiB"
                 )
+
+
+@pytest.fixture(scope="session")
+def compiled_kernel(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The compiled kernel; None without a compiler or ninja. Where they are, not to get one is a failure."""
+    from fedmini.model import compiling, native
+
+    if shutil.which("c++") is None or shutil.which("ninja") is None:
+        return None
+    return native.Kernel(compiling.library(tmp_path_factory.getbasetemp(), print))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
-"""The cache folder: a base repacked once, checked at every load, rebuilt when it is damaged.
+"""The cache folder: what is made once, a repacked base or a compiled kernel; checked at every load, rebuilt when damaged.
 
     CACHE/sources.json                 path -> size, modification time and SHA-256 of GGUF files seen before
     CACHE/bases/<sha256 of the source>/  manifest.json (size and SHA-256 of each file), tensors.safetensors, tokenizer/
+    CACHE/kernels/<sha256 of what it depends on>/  manifest.json, dequantise.so
 
 A folder appears there whole or not at all: it is written beside its place, synced, and renamed.
 """
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedmini import files
 from fedmini.errors import ConfigError
@@ -62,17 +63,21 @@ def remembered(cache_dir: Path, question: str, answer: Callable[[], str]) -> str
 
 
 def open_or_build(
-    cache_dir: Path, key: str, build: Callable[[Path], Mapping[str, Any]], note: Callable[[str], None]
+    cache_dir: Path,
+    key: str,
+    build: Callable[[Path], Mapping[str, Any]],
+    note: Callable[[str], None],
+    kind: Literal["bases", "kernels"] = "bases",
 ) -> CachedFolder:
     """The cached folder of `key`; where there is none, or a damaged one, `build` fills an empty folder first.
 
     `build` returns facts worth keeping beside the files. Two processes may build at once; one of the two folders stays.
     """
-    folder = cache_dir / "bases" / key
+    folder = cache_dir / kind / key
     if (cached := _verified(folder)) is not None:
         return cached
     if folder.exists():
-        note(f"the cached base in {folder} is damaged or of an older format: building it again")
+        note(f"what is cached in {folder} is damaged or of an older format: building it again")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))

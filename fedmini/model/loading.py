@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmini.config import BaseSection
 from fedmini.errors import ConfigError
-from fedmini.model import cache, compute, packaged, packed_base, pretrained
+from fedmini.model import cache, compute, native, packaged, packed_base, pretrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ def load_base(source: BaseSection, cache_dir: Path, note: Callable[[str], None])
         if source.weights not in ("auto", "packed"):
             raise ConfigError(f'a GGUF stays packed: base.weights must be "auto" or "packed", got "{source.weights}"')
         path, digest = gguf
+        if accelerator.type == "cpu":
+            native.prepare(cache_dir, note)
         cached = cache.open_or_build(cache_dir, digest, partial(packed_base.repack, path), note)
         return Base(
             module=packed_base.load_module(cached, compute_dtype, accelerator),
@@ -85,7 +87,9 @@ def _load_folder(
 ) -> Base:
     compute_dtype, accelerator = where
     files = pretrained.check_folder(folder)
-    weights = pretrained.choose_weights(source.weights, folder, note)
+    weights = pretrained.choose_weights(source.weights, folder, accelerator, note)
+    if weights == "nf4" and accelerator.type == "cpu":
+        native.prepare(cache_dir, note)
     return Base(
         module=pretrained.load_module(folder, weights, compute_dtype, accelerator),
         tokenizer=pretrained.load_tokenizer(folder),

@@ -1,36 +1,43 @@
 """Layers over packed weights: frozen, without parameters, dequantised in forward and again in backward."""
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 
 from fedmini.model.packing import PackedMatrix, PackedRows
 
 
 class PackedLinear(nn.Linear):
-    """y = x W^T with W packed. A linear layer to PEFT; nothing to train to an optimizer.
+    """y = x W^T + bias with W packed. A linear layer to PEFT; nothing to train to an optimizer.
 
-    The dense weight is never kept for backward, unless `hold_dense` asks for it.
+    Answers and gradients are those of a dense layer over the dequantised weight, rounded once to the type of x: in float32
+    bit for bit those of one that holds it in the same order, transposed. The dense weight is made in forward and again in
+    backward, in memory that all layers share, and never kept, unless `hold_dense` asks for it.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     minimums: torch.Tensor | None
 
-    def __init__(self, packed: PackedMatrix) -> None:
+    def __init__(self, packed: PackedMatrix, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", bias)
         self.quantization = packed.quantization
         self.register_buffer("values", packed.values)
         self.register_buffer("scales", packed.scales)
         self.register_buffer("minimums", packed.minimums)
+        self._packed: PackedMatrix | None = packed
         self._held: torch.Tensor | None = None
 
     @property
     def packed(self) -> PackedMatrix:
-        return PackedMatrix(self.quantization, self.values, self.scales, self.minimums)
+        if self._packed is None or self._packed.values is not self._buffers["values"]:  # moved to another device
+            self._packed = PackedMatrix(self.quantization, self.values, self.scales, self.minimums)
+        return self._packed
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -39,25 +46,27 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._held is not None and self._held.dtype == x.dtype:
-            return x @ self._held
-        result: torch.Tensor = _PackedMatmul.apply(x, self.packed)  # type: ignore[no-untyped-call]
-        return result
+            return functional.linear(x, self._held.t(), self.bias)
+        packed = self.packed
+        weight = packed.transposed(x.dtype)
+        with saved_tensors_hooks(partial(_instead_of, weight), partial(_again, packed)):
+            # In several pieces x would be multiplied example by example, each with a weight that is kept for it.
+            return functional.linear(x.contiguous(), weight.t(), self.bias)
 
     def hold_dense(self, dtype: torch.dtype | None) -> None:
         """Keep the dequantised weight from now on, to answer many small batches quickly; None lets it go."""
         self._held = None if dtype is None else self.packed.transposed(dtype).clone()
 
 
-class _PackedMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: PackedMatrix) -> torch.Tensor:
-        ctx.packed = packed
-        return x @ packed.transposed(x.dtype)
+def _instead_of(weight: torch.Tensor, saved: torch.Tensor) -> torch.Tensor | torch.dtype:
+    """What autograd keeps of a tensor that backward needs: of the dequantised weight no more than its type."""
+    if saved.data_ptr() == weight.data_ptr() and saved.shape == weight.shape and saved.is_contiguous():
+        return saved.dtype
+    return saved.clone()  # another form of it: it would be overwritten
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.packed.transposed(gradient.dtype).t(), None
+
+def _again(packed: PackedMatrix, kept: torch.Tensor | torch.dtype) -> torch.Tensor:
+    return packed.transposed(kept) if isinstance(kept, torch.dtype) else kept
 
 
 class PackedEmbedding(nn.Embedding):
@@ -114,7 +123,7 @@ class PackedHead(nn.Linear):
             return x @ self._held.t()
         packed, chunk_rows = self.packed, 4096
         starts = range(0, packed.shape[0], chunk_rows)
-        logits = [x @ packed.rows(slice(start, start + chunk_rows)).to(x.dtype).t() for start in starts]
+        logits = [x @ packed.part(slice(start, start + chunk_rows)).dense(x.dtype).t() for start in starts]
         return torch.cat(logits, dim=-1)
 
     def hold_dense(self, dtype: torch.dtype | None) -> None:

@@ -1,70 +1,108 @@
-"""Quantised weights as they stay in memory: blocks of 32 numbers with a scale, dequantised when they are needed.
+"""Quantised weights as they stay in memory: blocks of numbers with a scale, dequantised when they are needed.
 
-The numbers are those of the GGUF's own dequantisation, bit for bit in float32 (gguf.quants.dequantize): an integer of
-at most 8 bits times a float16 scale is exact in float32, so only the addition of the minimum rounds, once.
+The numbers are those of the GGUF's own dequantisation, bit for bit in float32 (plain.py says why), and those of
+bitsandbytes for NF4. The compiled kernel makes them where there is one (native.py), else plain torch.
 """
 
-import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-BLOCK = 32
-_BYTES_IN_BLOCK = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+from fedmini.model import native, plain
+from fedmini.model.blocks import Blocks, Levels
+from fedmini.model.scratch import scratch
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How many numbers share a scale, and what a 4-bit value stands for; without levels the values are int8."""
+
+    block: int
+    levels: Levels | None
+
+    @property
+    def stored(self) -> int:
+        """Bytes that a block's values take."""
+        return self.block if self.levels is None else self.block // 2
+
+
+QUANTIZATIONS: Mapping[str, Quantization] = {
+    "Q4_0": Quantization(32, tuple(float(level) for level in range(-8, 8))),
+    "Q4_1": Quantization(32, tuple(float(level) for level in range(16))),
+    "Q8_0": Quantization(32, None),
+    # arXiv:2305.14314, appendix E; the decimals are those of float32
+    "NF4": Quantization(
+        64,
+        (
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """A frozen weight of shape (num_outputs, num_inputs), stored so that its transpose comes out in one piece.
 
-    `values`: uint8 (blocks, 16, outputs), two numbers a byte, the low halves first; int8 (blocks, 32, outputs) for Q8_0.
-    `scales`, `minimums`: float16 (blocks, outputs); minimums only for Q4_1.
+    `values`: (blocks, stored, outputs), uint8 with two numbers a byte, the low halves first, or int8 for Q8_0.
+    `scales`, `minimums`: (blocks, outputs), float16, but for NF4's scales float32; minimums only for Q4_1.
     """
 
     quantization: str
     values: torch.Tensor
     scales: torch.Tensor
     minimums: torch.Tensor | None
+    _fills: dict[native.Kernel | None, native.Fill] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape[2], self.values.shape[0] * BLOCK
+        return self.values.shape[2], self.values.shape[0] * QUANTIZATIONS[self.quantization].block
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is of the weight alone: what fills from this one's memory is no part of it."""
+        return PackedMatrix, (self.quantization, self.values, self.scales, self.minimums)
 
     def transposed(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as (num_inputs, num_outputs), rounded from float32 to `dtype`.
+        """The weight as (num_inputs, num_outputs), rounded once from float32 to `dtype`, float32 or bfloat16.
 
         Lives in this thread's scratch memory: valid until the next call in the same thread.
         """
         num_outputs, num_inputs = self.shape
-        blocks = (self.values.shape[0], 2, BLOCK // 2, num_outputs)
-        numbers = _scratch("float32", blocks, torch.float32, self.values.device)
-        numbers.copy_(self._integers(blocks))
-        scales = self.scales[:, None, None, :].float()
-        if self.minimums is not None:
-            torch.addcmul(self.minimums[:, None, None, :].float(), numbers, scales, out=numbers)
-        else:
-            numbers.mul_(scales)
-        if dtype != torch.float32:
-            numbers = _scratch("rounded", blocks, dtype, self.values.device).copy_(numbers)
-        return numbers.view(num_inputs, num_outputs)
-
-    def _integers(self, blocks: tuple[int, ...]) -> torch.Tensor:
-        if self.quantization == "Q8_0":
-            return self.values.view(blocks)
-        integers = _scratch("integers", blocks, torch.uint8, self.values.device)
-        torch.bitwise_and(self.values, 15, out=integers[:, 0])
-        torch.bitwise_right_shift(self.values, 4, out=integers[:, 1])
-        return integers if self.quantization == "Q4_1" else integers.view(torch.int8).sub_(8)
+        out = scratch("weight", (num_inputs, num_outputs), dtype, self.values.device)
+        kernel = native.current() if out.is_cpu and dtype in native.DTYPES else None
+        fill = self._fills.get(kernel)
+        if fill is None:
+            blocks = Blocks(self.values, self.scales, self.minimums, QUANTIZATIONS[self.quantization].levels)
+            fill = self._fills[kernel] = partial(plain.columns, blocks) if kernel is None else kernel.columns(blocks)
+        fill(out)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
     """A frozen weight of shape (num_rows, num_columns) whose rows are dequantised one by one: an embedding.
 
-    `values`: (rows, blocks, 16) uint8 or, for Q8_0, (rows, blocks, 32) int8; `scales`, `minimums`: float16 (rows, blocks).
+    `values`: (rows, blocks, stored), as in a PackedMatrix; `scales`, `minimums`: float16 (rows, blocks).
     """
 
     quantization: str
@@ -74,26 +112,27 @@ class PackedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1] * BLOCK
+        return self.values.shape[0], self.values.shape[1] * QUANTIZATIONS[self.quantization].block
 
-    def rows(self, which: torch.Tensor | slice) -> torch.Tensor:
+    @property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.values, self.scales, self.minimums, QUANTIZATIONS[self.quantization].levels)
+
+    def rows(self, which: torch.Tensor) -> torch.Tensor:
         """The chosen rows in float32, shape (*which, num_columns)."""
-        values, scales = self.values[which], self.scales[which].float().unsqueeze(-1)
-        if self.quantization != "Q8_0":
-            values = torch.cat((values & 15, values >> 4), dim=-1)  # (*which, blocks, 32)
-        if self.quantization == "Q4_0":
-            values = values.view(torch.int8) - 8
-        if self.minimums is not None:
-            numbers = torch.addcmul(self.minimums[which].float().unsqueeze(-1), values.float(), scales)
-        else:
-            numbers = values.float().mul_(scales)
-        return numbers.flatten(-2)
+        return plain.rows_in_float32(self._blocks, which)
 
-    def dense(self, dtype: torch.dtype, chunk_rows: int = 1024) -> torch.Tensor:
-        """All rows rounded from float32 to `dtype`; the float32 form exists for `chunk_rows` rows at a time."""
+    def part(self, chosen: slice) -> "PackedRows":
+        """Some rows, still packed, in the same memory."""
+        minimums = None if self.minimums is None else self.minimums[chosen]
+        return PackedRows(self.quantization, self.values[chosen], self.scales[chosen], minimums)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """All rows, rounded once from float32 to `dtype`, in memory of their own."""
         out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
-        for start in range(0, self.shape[0], chunk_rows):
-            out[start : start + chunk_rows] = self.rows(slice(start, start + chunk_rows))
+        kernel = native.current() if out.is_cpu and dtype in native.DTYPES else None
+        fill = partial(plain.rows, self._blocks) if kernel is None else kernel.rows(self._blocks)
+        fill(out)
         return out
 
 
@@ -108,8 +147,8 @@ def pack_matrix(quantization: str, rows: NDArray[Any]) -> PackedMatrix:
 
 def pack_rows(quantization: str, rows: NDArray[Any]) -> PackedRows:
     """Split a GGUF tensor's rows, uint8 (num_rows, bytes in a row), into values, scales and minimums."""
-    blocks = rows.reshape(rows.shape[0], -1, _BYTES_IN_BLOCK[quantization])
     num_heads = 2 if quantization == "Q4_1" else 1  # float16 numbers in front of the values
+    blocks = rows.reshape(rows.shape[0], -1, 2 * num_heads + QUANTIZATIONS[quantization].stored)
     heads = np.ascontiguousarray(blocks[:, :, : 2 * num_heads]).view(np.float16)  # (rows, blocks, num_heads)
     values = np.ascontiguousarray(blocks[:, :, 2 * num_heads :])
     parts = [torch.from_numpy(heads[:, :, index].copy()) for index in range(num_heads)]
@@ -119,21 +158,3 @@ def pack_rows(quantization: str, rows: NDArray[Any]) -> PackedRows:
         parts[0],
         parts[1] if num_heads == 2 else None,
     )
-
-
-class _Scratch(threading.local):
-    """Memory that one thread uses again for every layer: fresh pages for each would cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-
-
-_SCRATCH = _Scratch()
-
-
-def _scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    key = (purpose, dtype, device)
-    size = int(np.prod(shape))
-    if key not in _SCRATCH.held or _SCRATCH.held[key].numel() < size:
-        _SCRATCH.held[key] = torch.empty(size, dtype=dtype, device=device)
-    return _SCRATCH.held[key][:size].view(shape)

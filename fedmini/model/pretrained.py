@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fedmini.errors import ConfigError
-from fedmini.model import cache, digests
+from fedmini.model import cache, digests, nf4
 
 Weights = Literal["nf4", "int8", "dense"]
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
@@ -47,10 +47,12 @@ def check_folder(folder: Path) -> tuple[Path, ...]:
     raise ConfigError(f"{folder} holds no .safetensors file: is the download complete?")
 
 
-def choose_weights(wanted: str, folder: Path, note: Callable[[str], None]) -> Weights:
+def choose_weights(wanted: str, folder: Path, accelerator: torch.device, note: Callable[[str], None]) -> Weights:
     """How to hold the weights in memory. `note` hears what a dense base costs."""
     if wanted == "packed":
         raise ConfigError('base.weights = "packed" is for GGUF files; here: nf4, int8, dense or auto')
+    if wanted == "nf4" and accelerator.type == "cpu":
+        return "nf4"
     if wanted in ("nf4", "int8"):
         if not _bitsandbytes_works():
             raise ConfigError(f'base.weights = "{wanted}" needs bitsandbytes, working: pip install bitsandbytes')
@@ -60,7 +62,7 @@ def choose_weights(wanted: str, folder: Path, note: Callable[[str], None]) -> We
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     note(
         f"WARNING: the base in {folder} is held dense: about {size:,.0f} MB as stored, where 4 bits would take a "
-        "quarter or less. A GGUF (Q4_1, Q4_0, Q8_0), or pip install bitsandbytes, keeps it small"
+        'quarter or less. A GGUF (Q4_1, Q4_0, Q8_0), or on a CPU base.weights = "nf4", keeps it small'
     )
     return "dense"
 
@@ -70,7 +72,8 @@ def load_module(
 ) -> PreTrainedModel:
     """The frozen model. No code of the folder is run. Raises ConfigError where transformers can't load it."""
     quantization: dict[str, Any] = {}
-    if weights == "nf4":
+    packs_itself = weights == "nf4" and accelerator.type == "cpu"  # to the bits that bitsandbytes gives, and faster
+    if weights == "nf4" and not packs_itself:
         quantization["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
@@ -95,6 +98,8 @@ def load_module(
             part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     module.config.use_cache = False
     module.requires_grad_(False)
+    if packs_itself:
+        nf4.pack_linears(module)
     module.eval()  # type: ignore[no-untyped-call]
     return module
 
