@@ -3,14 +3,17 @@
 It teaches the model nothing and holds up no round: where too few devices are there, it is left out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-from fedmini import attempts, metrics, schedule, sums
+from fedmini import attempts, metrics, run_history, schedule, sums
 from fedmini.errors import CohortError
 from fedmini.privacy.ledger import Ledger, epsilon_over
-from fedmini.privacy.noise import RandomStream, Streams
-from fedmini.types import Adapter, DeviceId, EvaluationManifest, Manifest, Roster, SumCohort, TrainTask, Unit
+from fedmini.privacy.noise import RandomStream
+from fedmini.rounds import Run
+from fedmini.server_step import num_asked
+from fedmini.types import Adapter, EvaluationManifest, EvaluationPlan, Roster, SumCohort, TrainTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +27,24 @@ class DeviceLoss:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvaluations:
-    """A run's evaluations on its devices, as the server knows them. `is_seeded`, `is_replayed`: as a run has them."""
+    """A run's evaluations on its devices, as the server knows them: whom it asks, and by what randomness, is the run's."""
 
-    trained: Manifest
+    run: Run
     manifest: EvaluationManifest
-    num_asked: int
-    population: Callable[[], Sequence[DeviceId]]  # whom one may ask, now
-    streams: Streams
-    ledger: Ledger
-    is_seeded: bool
-    is_replayed: bool
+    ledger: Ledger  # theirs, not the training's
 
-    def is_due(self, round_num: int) -> bool:
-        """Whether one is to be made after this round, and was not paid for before: nothing is paid for twice."""
-        plan, num_rounds = self.trained.evaluation, self.trained.num_rounds
-        if plan is None or not schedule.is_due(round_num, plan.every, num_rounds):
+    @classmethod
+    def of(cls, run: Run, ledger: Ledger | None) -> Self | None:
+        """Those of a run; None where it has none, and so no ledger for them."""
+        manifest = run.manifest.for_evaluation
+        return None if manifest is None or ledger is None else cls(run, manifest, ledger)
+
+    def is_due(self, line: Mapping[str, Any]) -> bool:
+        """Whether one is to be made after a round, by its line in the metrics. Nothing is paid for twice."""
+        plan, round_num = self._plan, int(line["round"])
+        if line["device_loss"] is not None or not schedule.is_due(round_num, plan.every, self.run.manifest.num_rounds):
             return False
-        return self.is_replayed or not self.ledger.is_debited(self._index(round_num), 0)
+        return self.run.is_replayed or not self.ledger.is_debited(self._index(round_num), 0)
 
     def measure(self, adapter: Adapter, round_num: int, sum_cohort: SumCohort) -> DeviceLoss:
         """The devices' loss with the adapter after a round.
@@ -49,18 +53,20 @@ class DeviceEvaluations:
         """
         manifest, index = self.manifest, self._index(round_num)
         release = manifest.release
-        eligible = sorted(self.population())
+        eligible = sorted(self.run.population())
         if len(eligible) < release.min_survivors:
             raise CohortError(
                 f"{len(eligible)} devices are there, {release.min_survivors} are needed; nothing was spent"
             )
-        stream = self.streams("evaluated", "round", index)
-        chosen = tuple(eligible[i] for i in stream.subset(len(eligible), min(self.num_asked, len(eligible))))
+        stream = self.run.streams("evaluated", "round", index)
+        wanted = num_asked(release.cohort_size, self.run.server.over_selection)
+        chosen = tuple(eligible[place] for place in stream.subset(len(eligible), min(wanted, len(eligible))))
         task = TrainTask(manifest.hash, index, 0, adapter)
 
         def pay(roster: Roster) -> None:
             # As if one device were in all of them: that is what the calibration counts.
-            attempts.debit(roster, manifest, self.ledger, self._num_paid_before(index) + 1, is_seeded=self.is_seeded)
+            participation = self.ledger.num_debits_until(index - 1, 0) + 1
+            attempts.debit(roster, manifest, self.ledger, participation, is_seeded=self.run.is_seeded)
 
         _, cohort = attempts.sum_attempt(manifest, chosen, task, sum_cohort, pay)
         integers = attempts.noised_by_server(cohort, manifest, self._own_streams, task)
@@ -69,18 +75,25 @@ class DeviceEvaluations:
         loss, error = found if found is not None else (None, None)
         return DeviceLoss(loss, error, cohort.num_devices)
 
-    def spent(self, training: Ledger) -> Mapping[Unit, float]:
-        """What training and evaluations have cost the worst unit together."""
-        units = self.trained.release.units
-        return {unit.unit: epsilon_over((training, self.ledger), unit.unit, unit.target_delta) for unit in units}
+    def add_to(self, line: dict[str, Any], found: DeviceLoss, training: Ledger) -> None:
+        """Put what devices measured into its round's line."""
+        position = asdict(self.ledger.position)
+        line |= {"device_loss": found.loss, "device_loss_error": found.error, run_history.POSITION: position}
+        self.add_cost_to(line, training)
+
+    def add_cost_to(self, line: dict[str, Any], training: Ledger) -> None:
+        """Put what training and evaluations have cost together into a round's line: the worst unit's."""
+        ledgers = (training, self.ledger)
+        units = self.run.manifest.release.units
+        line["epsilon"] = {unit.unit: epsilon_over(ledgers, unit.unit, unit.target_delta) for unit in units}
+
+    @property
+    def _plan(self) -> EvaluationPlan:
+        assert self.manifest.evaluation is not None  # it came from there
+        return self.manifest.evaluation
 
     def _index(self, round_num: int) -> int:
-        plan = self.trained.evaluation
-        assert plan is not None
-        return schedule.index_after(round_num, plan.every, self.trained.num_rounds)
-
-    def _num_paid_before(self, index: int) -> int:
-        return self.ledger.num_debits_until(index - 1, 0)
+        return schedule.index_after(round_num, self._plan.every, self.run.manifest.num_rounds)
 
     def _own_streams(self, *purpose: str | int) -> RandomStream:
-        return self.streams("evaluation", *purpose)
+        return self.run.streams("evaluation", *purpose)

@@ -51,13 +51,10 @@ def _stricter(name: str, limit: Any, wanted: Any) -> Any:
 def check(manifest: Manifest, limits: Limits) -> None:
     """Raise ProtocolError, naming the field, unless a manifest is consistent and within the limits."""
     consistency.check_consistency(manifest)
-    _check_plan(manifest, limits)
-    if manifest.for_evaluation is not None:
-        _check_plan(manifest.for_evaluation, limits)
+    for one in manifest.parts:
+        _check_plan(one, limits)
     if limits.max_participations is not None:
-        num_releases = manifest.release.max_releases + (
-            manifest.evaluation.num_evaluations if manifest.evaluation else 0
-        )
+        num_releases = sum(one.release.max_releases for one in manifest.parts)
         within("release.max_releases, evaluations included", num_releases, 1, limits.max_participations, BEYOND)
     for unit in manifest.release.units:
         _check_epsilon(unit, manifest, limits)

@@ -43,7 +43,7 @@ class Forecast:
     num_coordinates: int
     upload_bytes_per_device: int
     download_bytes_per_device: int
-    evaluation: "EvaluationForecast | None"
+    evaluation: EvaluationForecast | None
 
 
 def forecast(manifest: Manifest) -> Forecast:
@@ -72,10 +72,9 @@ def _evaluation_forecast(manifest: Manifest) -> EvaluationForecast | None:
     together = {
         unit.unit: accounting.compose(
             [
-                (accounting.event_of(one, plan), plan.release.max_releases)
-                for plan in (manifest, evaluated)
-                for one in plan.release.units
-                if one.unit == unit.unit
+                (accounting.event_of(plan, one), one.release.max_releases)
+                for one in manifest.parts
+                if (plan := one.release.plan_of(unit.unit)) is not None
             ],
             unit.target_delta,
         )

@@ -16,8 +16,8 @@ def is_held_back(example: EncodedExample, manifest: Manifest) -> bool:
     """Whether an example is measured on, and never trained on, in a run or its evaluations.
 
     Decided by a hash of this example alone, whatever else the device holds: one example more or less changes either what
-    is trained on or what is measured on, by one. It is the same hash in all runs, so that none trains on what another,
-    with as large a fraction, measures on.
+    is trained on or what is measured on, by one. It is the same hash in all runs: none trains on what another measures on
+    with as large a fraction, where both cut the text into the same tokens.
     """
     if manifest.evaluation is None:
         return False

@@ -1,12 +1,11 @@
 """Where a run stands: the state that it goes on from, and the line that each round leaves in its metrics."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from fedmini import checkpoint
-from fedmini.device_evaluation import DeviceEvaluations, DeviceLoss
 from fedmini.errors import StateError
 from fedmini.model import runtime
 from fedmini.privacy.ledger import Ledger
@@ -27,26 +26,16 @@ def opened_ledgers(directory: RunDirectory, manifest: Manifest) -> Iterator[tupl
             yield ledger, evaluation_ledger
 
 
-def check_evaluations(history: Sequence[Mapping[str, Any]], evaluation_ledger: Ledger | None) -> None:
-    """Raise StateError where the metrics hold an evaluation whose cost the ledger doesn't know."""
-    known = [line[POSITION] for line in history if line.get(POSITION) is not None]
-    if known and evaluation_ledger is not None:
-        evaluation_ledger.verify(LedgerPosition(**known[-1]))
-
-
-def add_evaluation(line: dict[str, Any], found: DeviceLoss, evaluations: DeviceEvaluations, ledger: Ledger) -> None:
-    """Put what devices measured into its round's line, with what training and evaluations have cost together."""
-    position = asdict(evaluations.ledger.position)
-    line |= {"device_loss": found.loss, "device_loss_error": found.error, POSITION: position}
-    line["epsilon"] = dict(evaluations.spent(ledger))
-
-
 def starting_point(
-    manifest: Manifest, initial_adapter: Callable[[], Adapter], directory: RunDirectory, ledger: Ledger
+    manifest: Manifest,
+    initial_adapter: Callable[[], Adapter],
+    directory: RunDirectory,
+    ledger: Ledger,
+    evaluation_ledger: Ledger | None,
 ) -> tuple[ServerState, list[dict[str, Any]]]:
     """The state to go on from, and the metrics so far: the newest checkpoint's, or those of a run that begins.
 
-    Raises StateError where the checkpoints are gone, another run's, or know more of the ledger than is there.
+    Raises StateError where the checkpoints are gone, another run's, or know more of a ledger than is there.
     """
     found = checkpoint.load(directory.checkpoints)
     if found is None:
@@ -59,6 +48,9 @@ def starting_point(
     if found.manifest_hash != manifest.hash:
         raise StateError(f"{directory.checkpoints} belongs to another run than {directory.manifest}")
     ledger.verify(found.state.ledger)
+    known = [line[POSITION] for line in found.history if line.get(POSITION) is not None]
+    if known and evaluation_ledger is not None:
+        evaluation_ledger.verify(LedgerPosition(**known[-1]))
     return found.state, list(found.history)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedmini.privacy import accounting, encoding
+from fedmini.privacy import accounting
 from fedmini.privacy.ledger import Ledger, epsilon_over
 from fedmini.secagg import checks
 from fedmini.secagg.messages import VERSION
-from fedmini.types import ADJACENCY, EvaluationManifest, Manifest, PrivacyEvent, UnitPlan
+from fedmini.types import ADJACENCY, EvaluationManifest, Manifest, UnitPlan
 
 NOT_COVERED = (
     "that a device took part at all, and joining or leaving",
@@ -122,22 +122,19 @@ def _guarantee(unit: UnitPlan, manifest: Manifest, ledgers: Sequence[Ledger]) ->
         "assumes": _assumes(unit, manifest),
     }
     if unit.noise == "shared":
-        bound = encoding.sensitivity(unit.clip_norm, unit.scale, manifest.num_coordinates)
-        alone = replace(event, z_eff=accounting.effective_multiplier(unit.noise_variance, 1, bound))
-        found["epsilon_of_a_lone_honest_device"] = _lone(unit, alone, ledgers)
+        found["epsilon_of_a_lone_honest_device"] = _lone(unit, ledgers)
         found["n_honest"] = unit.num_shares
         found["min_survivors"] = release.min_survivors
     return found
 
 
-def _lone(unit: UnitPlan, alone: PrivacyEvent, ledgers: Sequence[Ledger]) -> float:
+def _lone(unit: UnitPlan, ledgers: Sequence[Ledger]) -> float:
     """What the releases in these ledgers cost where each holds one honest share: z_eff falls with the root of their number."""
-    parts = [(alone, ledgers[0].max_participation(unit.unit))]
-    for ledger in ledgers[1:]:
-        parts += [
-            (replace(event, z_eff=event.z_eff / math.sqrt(unit.num_shares)), count)
-            for event, count in ledger.composition(unit.unit)
-        ]
+    parts = [
+        (replace(event, z_eff=event.z_eff / math.sqrt(unit.num_shares)), count)
+        for ledger in ledgers
+        for event, count in ledger.composition(unit.unit)
+    ]
     return accounting.compose(parts, unit.target_delta)
 
 

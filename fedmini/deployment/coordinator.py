@@ -14,10 +14,9 @@ from typing import NoReturn, TypeAlias
 
 from fedmini import events, run_history, server_folder
 from fedmini.deployment import run_files
-from fedmini.deployment.evaluating import ServedRunParts
 from fedmini.deployment.roll_call import RollCall
 from fedmini.deployment.run_files import RunFiles
-from fedmini.deployment.served_run import ServedRun
+from fedmini.deployment.served_run import ServedRun, ServedRunParts
 from fedmini.deployment.server_model import initial_adapter
 from fedmini.deployment.status import StatusFile
 from fedmini.errors import FedMiniError, LinkError
@@ -59,10 +58,9 @@ def serve_over(connect: Connect, path: Path, name: str, emit: Emit, randomness: 
     with run_history.opened_ledgers(files.directory, files.manifest) as (ledger, evaluation_ledger):
         run_files.begin(files)
         state, history = run_history.starting_point(
-            files.manifest, lambda: initial_adapter(files.manifest), files.directory, ledger
+            files.manifest, lambda: initial_adapter(files.manifest), files.directory, ledger, evaluation_ledger
         )
-        run_history.check_evaluations(history, evaluation_ledger)
-        status.write_starting(files.manifest, state.round_num, history[-1] if history else {})
+        status.write_standing(files.manifest, state.round_num, history[-1] if history else {}, "starting")
         link, roll = connect(folder, files)
         try:
             _begin(link, status)

@@ -2,20 +2,27 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmini import checkpoint, planning, report, rounds, run_history, rundir, schedule, statement, vectors
 from fedmini.aggregates import AggregateFolder
 from fedmini.checkpoint import Checkpoint
-from fedmini.deployment.evaluating import EvaluatingOnDevices, ServedRunParts, on_devices
+from fedmini.config import TimingSection
+from fedmini.deployment.evaluating import EvaluatingOnDevices
 from fedmini.deployment.exchange import FlowerExchange
+from fedmini.deployment.roll_call import RollCall
+from fedmini.deployment.run_files import RunFiles
 from fedmini.deployment.server_model import ServerModel
+from fedmini.deployment.status import StatusFile
+from fedmini.device_evaluation import DeviceEvaluations
 from fedmini.errors import AttemptsError, CohortError, LinkError
 from fedmini.events import Emit
-from fedmini.flower.codec import Envelope
+from fedmini.flower.codec import EVALUATION, Envelope
+from fedmini.flower.server_link import ServerLink
 from fedmini.privacy import accounting
 from fedmini.privacy.ledger import Ledger
+from fedmini.privacy.noise import Streams
 from fedmini.secagg.server_session import Refusal
 from fedmini.secure_sum import SecureSum
 from fedmini.server_step import num_asked
@@ -24,6 +31,20 @@ from fedmini.types import Aggregate, CohortSum, DeviceId, Roster, RoundReport, S
 GOODBYE_SECONDS = 15.0
 LINK_WAIT_SECONDS = 1.0
 FIRST_REST_SECONDS = 1.0  # after a round that too few devices came to; longer each time, up to timing.wait_s
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRunParts:
+    """What a run is served with."""
+
+    files: RunFiles
+    link: ServerLink
+    roll: RollCall
+    timing: TimingSection
+    streams: Streams
+    is_seeded: bool  # in tests only
+    status: StatusFile
+    emit: Emit
 
 
 class ServedRun:
@@ -42,13 +63,8 @@ class ServedRun:
         self._rest_s = FIRST_REST_SECONDS
         self._model = ServerModel(files.config, files.manifest, parts.emit)
         self._aggregates = _Announced(AggregateFolder(files.aggregates), parts.emit)
-        self._exchange = FlowerExchange(
-            parts.link, parts.roll, {"manifest": files.manifest.hash}, parts.timing, parts.emit
-        )
-        self._on_devices: EvaluatingOnDevices | None = None
-        if evaluation_ledger is not None:
-            over_selection = files.config.rounds.over_selection
-            self._on_devices = on_devices(parts, evaluation_ledger, over_selection, self._note_refusals)
+        about = {"manifest": files.manifest.hash}
+        self._exchange = FlowerExchange(parts.link, parts.roll, about, parts.timing, parts.emit)
         self._run = rounds.Run(
             manifest=files.manifest,
             server=planning.server_plan(files.config),
@@ -57,6 +73,10 @@ class ServedRun:
             is_seeded=parts.is_seeded,
             is_replayed=False,
         )
+        self._on_devices: EvaluatingOnDevices | None = None
+        if (evaluations := DeviceEvaluations.of(self._run, evaluation_ledger)) is not None:
+            exchange = FlowerExchange(parts.link, parts.roll, about | {"release": EVALUATION}, parts.timing, parts.emit)
+            self._on_devices = EvaluatingOnDevices(evaluations, parts.roll, exchange, self._note_refusals, parts.emit)
 
     def run(self) -> None:
         """Every round that is left. Raises PrivacyBudgetError or AttemptsError where the run is over before its end."""
@@ -161,7 +181,7 @@ class ServedRun:
         files = self._parts.files
         line = run_history.metrics_line(found)
         if self._on_devices is not None:
-            line["epsilon"] = dict(self._on_devices.evaluations.spent(self._ledger))
+            self._on_devices.evaluations.add_cost_to(line, self._ledger)
         self._history.append(line)
         self._state = state
         self._save()
@@ -198,11 +218,11 @@ class ServedRun:
     def _evaluate_on_devices(self) -> None:
         """Let the devices that are ready measure the loss, where that is due; where they can't, the run goes on without it."""
         line, own = self._history[-1], self._on_devices
-        if own is None or line["device_loss"] is not None or not own.evaluations.is_due(self._state.round_num):
+        if own is None or not own.evaluations.is_due(line):
             return
         found = own.measure(self._state.adapter, self._state.round_num)
         if found is not None:
-            run_history.add_evaluation(line, found, own.evaluations, self._ledger)
+            own.evaluations.add_to(line, found, self._ledger)
             self._save()
             rundir.write_metrics(self._parts.files.directory, self._history)
 
@@ -234,21 +254,15 @@ class ServedRun:
             parts.emit("link.lost", reason=str(error))
 
     def _write_status(self, phase: str, missing: Mapping[DeviceId, str], task: TrainTask | None = None) -> None:
-        line = self._history[-1] if self._history else {}
-        manifest = self._run.manifest
-        self._parts.status.write(
-            {
-                "run": manifest.run_id,
-                "phase": phase,
-                "round": self._state.round_num,
-                "num_rounds": manifest.num_rounds,
-                "attempt": task.attempt if task is not None else None,
-                "ready": list(self._parts.roll.ready()),
-                "waiting_for": dict(missing),
-                "epsilon": line.get("epsilon", {}),
-                "eval_loss": line.get("eval_loss"),
-                "late_replies": self._exchange.num_late,
-            }
+        self._parts.status.write_standing(
+            self._run.manifest,
+            self._state.round_num,
+            self._history[-1] if self._history else {},
+            phase,
+            attempt=task.attempt if task is not None else None,
+            ready=list(self._parts.roll.ready()),
+            waiting_for=dict(missing),
+            late_replies=self._exchange.num_late,
         )
 
 

@@ -22,22 +22,23 @@ class StatusFile:
         """Say how things stand. A disk that refuses costs the status, and nothing else."""
         self._put(STATUS, {"time": time.time(), **status})
 
-    def write_starting(self, manifest: Manifest, round_num: int, line: Mapping[str, Any]) -> None:
-        """Say that a run goes on from a round, whose line in the metrics this is, and that nobody was asked yet."""
-        self.write(
-            {
-                "run": manifest.run_id,
-                "phase": "starting",
-                "round": round_num,
-                "num_rounds": manifest.num_rounds,
-                "attempt": None,
-                "ready": [],
-                "waiting_for": {},
-                "epsilon": line.get("epsilon", {}),
-                "eval_loss": line.get("eval_loss"),
-                "late_replies": 0,
-            }
-        )
+    def write_standing(
+        self, manifest: Manifest, round_num: int, line: Mapping[str, Any], phase: str, **others: Any
+    ) -> None:
+        """Say where a run stands after a round, whose line in the metrics this is; nobody was asked but for what `others` say."""
+        standing: dict[str, Any] = {
+            "run": manifest.run_id,
+            "phase": phase,
+            "round": round_num,
+            "num_rounds": manifest.num_rounds,
+            "attempt": None,
+            "ready": [],
+            "waiting_for": {},
+            "epsilon": line.get("epsilon", {}),
+            "eval_loss": line.get("eval_loss"),
+            "late_replies": 0,
+        }
+        self.write(standing | others)
 
     def remember_link(self, run: int) -> None:
         """Remember the run of Flower's that was begun, so that a later process can end it."""

@@ -55,9 +55,8 @@ class Participation:
         self._model = means.base.model(manifest)
         self._model.interrupt_by(means.interruption.check)
         self._contributor = self._made_contributor(manifest, ())  # tells at once whether the base is the run's
-        self._members = {False: self._made_member(is_evaluation=False)}
-        if manifest.evaluation is not None:
-            self._members[True] = self._made_member(is_evaluation=True)
+        self._parts = {one is not manifest: one for one in manifest.parts}  # by whether it is the evaluations
+        self._members = {is_evaluation: self._made_member(is_evaluation) for is_evaluation in self._parts}
 
     def __repr__(self) -> str:
         return f"Participation({self.manifest.run_id!r})"
@@ -68,7 +67,7 @@ class Participation:
         Raises a FedMiniError where this device takes no part (any more): nothing leaves it.
         """
         self._given = None
-        manifest = self.manifest.for_evaluation if is_evaluation else self.manifest
+        manifest = self._parts.get(is_evaluation)
         if manifest is None:
             raise ProtocolError(f"run {self.manifest.run_id!r} has no evaluations on devices")
         if wire.is_invitation(request):  # what would stop its training later stops it before it costs the run anything
@@ -101,10 +100,13 @@ class Participation:
         task = self._given[1]
         return task.round_num - 1, vectors.to_bytes(task.adapter, self.manifest.template)
 
-    def _made_member(self, *, is_evaluation: bool) -> Member:
-        is_seeded = self.means.randomness.is_seeded
-        contribute = partial(self._contribute, is_evaluation)
-        return self.enrolment.member(self.manifest.hash, contribute, is_evaluation=is_evaluation, is_seeded=is_seeded)
+    def _made_member(self, is_evaluation: bool) -> Member:
+        return self.enrolment.member(
+            self.manifest.hash,
+            partial(self._contribute, self._parts[is_evaluation]),
+            is_evaluation=is_evaluation,
+            is_seeded=self.means.randomness.is_seeded,
+        )
 
     def _made_contributor(self, manifest: Manifest, examples: tuple[EncodedExample, ...]) -> Contributor:
         return Contributor(
@@ -116,7 +118,7 @@ class Participation:
             self.means.base.physical_batch_size,
         )
 
-    def _contribute(self, is_evaluation: bool, task: TrainTask) -> Contribution:
+    def _contribute(self, manifest: Manifest, task: TrainTask) -> Contribution:
         """Train, or evaluate, within what this device's owner allows."""
         self.means.interruption.begin()
         self.means.interruption.check()
@@ -124,8 +126,6 @@ class Participation:
         with self.means.usage.training():
             contribution = self._contributor.contribute(task)
         self.means.interruption.check()
-        manifest = self.manifest.for_evaluation if is_evaluation else self.manifest
-        assert manifest is not None
         self._given = (manifest, task)
         return contribution
 

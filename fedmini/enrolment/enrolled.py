@@ -93,14 +93,10 @@ class Enrolment:
         """What one unit will have cost over all runs, at the lifetime delta, if this run asks for all that it may."""
         with self.ledger() as ledger:
             releases = agreement.past(ledger.releases(), unit.unit)
-            for one in (manifest, manifest.for_evaluation):
-                if one is not None:
+            for one in manifest.parts:
+                if (own := one.release.plan_of(unit.unit)) is not None:
                     left = one.release.max_releases - ledger.num_participations(one.run_id)
-                    releases += [
-                        (accounting.event_of(own, one), max(0, left))
-                        for own in one.release.units
-                        if own.unit == unit.unit
-                    ]
+                    releases.append((accounting.event_of(own, one), max(0, left)))
         return accounting.compose(releases, self.lifetime.lifetime_delta)
 
     def update(self, revocations: Revocations) -> None:

@@ -18,6 +18,7 @@ Answer = TypeVar("Answer", bound=Message)
 
 MAX_ANSWER_BYTES = 8 * 2**20
 CONNECT_SECONDS = 10.0
+LIMITS = httpx.Limits(max_connections=8, max_keepalive_connections=8, keepalive_expiry=45.0)
 HOLD_HEADER = "fedmini-hold"  # seconds, at most; the gate's long polling reads it
 
 
@@ -34,7 +35,9 @@ class Calls:
         component: str,
         headers: Callable[[], Mapping[str, str]],
         on_date: Callable[[str], None] = lambda date: None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
+        """`tls` and LIMITS are for httpx's own transport; where another is given, they are its matter."""
         self._url, self._headers, self._on_date = url.rstrip("/"), headers, on_date
         version = dict(RuntimeVersionMetadata.from_local_component(component).as_metadata())
         self._fixed = {"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE, **version}
@@ -42,7 +45,8 @@ class Calls:
             verify=tls if tls is not None else False,
             follow_redirects=False,
             trust_env=False,
-            limits=httpx.Limits(max_connections=8, max_keepalive_connections=8, keepalive_expiry=45.0),
+            limits=LIMITS,
+            transport=transport,
         )
 
     def __repr__(self) -> str:

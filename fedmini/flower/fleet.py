@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -66,7 +65,8 @@ class FleetConnection:
         )
         self._clock_offset_s = 0.0  # the server's clock minus ours, as far as ours is wrong
         self._asked = threading.local()
-        self._calls = _CalledOver(sockets or OpenSockets(), url, tls, "SuperNode", self._signed, self._note_date)
+        transport = (sockets or OpenSockets()).transport(tls)
+        self._calls = Calls(url, tls, "SuperNode", self._signed, self._note_date, transport)
         self._node: Node | None = None
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
@@ -202,15 +202,6 @@ class FleetConnection:
         if least - CLOCK_TOLERANCE_SECONDS <= self._clock_offset_s <= most + CLOCK_TOLERANCE_SECONDS:
             return
         self._clock_offset_s = least  # too early is what the server bears with
-
-
-class _CalledOver(Calls):
-    """Calls whose sockets are known from before they are connected."""
-
-    def __init__(self, sockets: OpenSockets, url: str, tls: ssl.SSLContext | None, *others: Any) -> None:
-        super().__init__(url, tls, *others)
-        self._client.close()
-        self._client = sockets.client(tls)
 
 
 def tls_context(server_key: bytes | None) -> ssl.SSLContext:

@@ -13,12 +13,13 @@ from typing import Any
 
 import httpx
 
+from fedmini.flower.calls import LIMITS
+
 LOOK_SECONDS = 0.05  # between two looks at whether a connection that is being made is still wanted
-LIMITS = httpx.Limits(max_connections=8, max_keepalive_connections=8, keepalive_expiry=45.0)
 
 
 class OpenSockets:
-    """Every socket that its clients have opened, with TLS and without. `shut` may be called from any thread.
+    """Every socket that its transports have opened, with TLS and without. `shut` may be called from any thread.
 
     A socket is shut down and not closed: who waits on it finds its end at once, and closes it. Closed from outside, its
     number could become another file of the host's while the thread still reads from it.
@@ -30,9 +31,9 @@ class OpenSockets:
         self._num_shut = 0
         self.is_resolving = False  # looking up a host's name, which nobody can end
 
-    def client(self, tls: ssl.SSLContext | None) -> httpx.Client:
-        """An HTTP client whose sockets are known here; `tls` is for https."""
-        return httpx.Client(transport=_Transport(tls, self), trust_env=False, follow_redirects=False)
+    def transport(self, tls: ssl.SSLContext | None) -> httpx.BaseTransport:
+        """What makes the connections of an HTTP client, so that they are known here; `tls` is for https."""
+        return _Transport(tls, self)
 
     def shut(self) -> None:
         """End whatever goes on, also a connection that is being made. What is begun later goes on."""

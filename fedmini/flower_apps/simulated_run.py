@@ -41,8 +41,9 @@ def simulate(grid: Grid, config: RunConfig, output: Path, tell: Callable[[Progre
     with run_history.opened_ledgers(directory, setup.run.manifest) as (ledger, evaluation_ledger):
         if not is_resumed:
             rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
-        state, history = run_history.starting_point(setup.run.manifest, setup.model.initial_adapter, directory, ledger)
-        run_history.check_evaluations(history, evaluation_ledger)
+        state, history = run_history.starting_point(
+            setup.run.manifest, setup.model.initial_adapter, directory, ledger, evaluation_ledger
+        )
         text = configuration.dump_run_config(setup.config)
         on_grid = Nodes(grid, nodes, setup.run.manifest, text, directory.manifest.read_bytes())
         session = Session(setup, directory, ledger, tell, history, evaluation_ledger, on_grid.sum)

@@ -33,10 +33,11 @@ def check_consistency(manifest: Manifest) -> None:
         _check_noise(unit, manifest)
     _check_encoding(manifest)
     _check_budgets(manifest)
-    if manifest.evaluation is not None and manifest.for_evaluation is not None:
+    evaluated = manifest.for_evaluation
+    if manifest.evaluation is not None and evaluated is not None:
         _check_evaluation(manifest.evaluation, manifest)
         try:
-            check_consistency(manifest.for_evaluation)
+            check_consistency(evaluated)
         except ProtocolError as error:
             raise ProtocolError(f"its evaluations on devices: {error}") from error
 
@@ -68,9 +69,8 @@ def whole_run_epsilon(name: Unit, manifest: Manifest, *, is_alone: bool) -> floa
     `is_alone`: with no noise but the device's own.
     """
     parts, delta = [], 0.0
-    for one in (manifest, manifest.for_evaluation):
-        unit = None if one is None else one.release.example if name == "example" else one.release.device
-        if one is None or unit is None:
+    for one in manifest.parts:
+        if (unit := one.release.plan_of(name)) is None:
             continue
         num_shares = 1 if is_alone else unit.num_shares
         if math.isinf(epsilon_of(unit, one, num_shares)):
@@ -220,14 +220,15 @@ def _check_evaluation(plan: EvaluationPlan, manifest: Manifest) -> None:
     most = schedule.num_measured(plan.every, manifest.num_rounds)
     _equal("evaluation.num_evaluations", plan.num_evaluations, most)
     _equal("evaluation.release.max_releases", plan.release.max_releases, most)
-    for name in ("example", "device"):
-        trained, evaluated = getattr(manifest.release, name), getattr(plan.release, name)
+    names: tuple[Unit, ...] = ("example", "device")
+    for name in names:
+        trained, evaluated = manifest.release.plan_of(name), plan.release.plan_of(name)
         wanted = None if trained is None else (trained.noise, trained.target_delta)
         found = None if evaluated is None else (evaluated.noise, evaluated.target_delta)
         _equal(f"evaluation.release.{name}, its noise and delta", found, wanted)
         require(wanted is None or wanted[0] != "local", f"release.{name}.noise beside an evaluation", "shared", wanted)
-    for name in ("min_survivors", "n_honest", "max_devices"):
-        _equal(f"evaluation.release.{name}", getattr(plan.release, name), getattr(manifest.release, name))
+    for field in ("min_survivors", "n_honest", "max_devices"):
+        _equal(f"evaluation.release.{field}", getattr(plan.release, field), getattr(manifest.release, field))
 
 
 def within(field: str, value: float, least: float, most: float, what_to_do: str = CONTRADICTION) -> None:

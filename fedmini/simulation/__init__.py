@@ -41,8 +41,9 @@ def simulate(
     with run_history.opened_ledgers(directory, setup.run.manifest) as (ledger, evaluation_ledger):
         if not options.resume:  # under the ledger's lock: of two runs begun in one folder, one writes there
             rundir.begin(directory, setup.config, setup.run.manifest, setup.environment)
-        state, history = run_history.starting_point(setup.run.manifest, setup.model.initial_adapter, directory, ledger)
-        run_history.check_evaluations(history, evaluation_ledger)
+        state, history = run_history.starting_point(
+            setup.run.manifest, setup.model.initial_adapter, directory, ledger, evaluation_ledger
+        )
         session = Session(setup, directory, ledger, options.on_progress, history, evaluation_ledger)
         try:
             session.evaluate_if_due(state)

@@ -14,7 +14,7 @@ from fedmini.rundir import RunDirectory
 from fedmini.simulation.cohort import SimulatedCohort, SumDevices
 from fedmini.simulation.progress import Progress, SimulationResult
 from fedmini.simulation.secure import SecureDevices
-from fedmini.simulation.setup import Setup, base_name, evaluations_of
+from fedmini.simulation.setup import Setup, base_name
 from fedmini.types import RoundReport, ServerState, TrainTask
 
 
@@ -39,10 +39,8 @@ class Session:
         is_secure = setup.config.simulation.secure
         self._secure = SecureDevices(setup, directory.devices, self._note) if is_secure else None
         self.sum_cohort = SimulatedCohort(setup, self._secure, self._on_answer, self._note, sum_devices)
-        self._evaluations: DeviceEvaluations | None = None
-        evaluating = setup.for_evaluation
-        if evaluating is not None and evaluation_ledger is not None:
-            self._evaluations = evaluations_of(setup, evaluation_ledger)
+        self._evaluations = DeviceEvaluations.of(setup.run, evaluation_ledger)
+        if (evaluating := setup.for_evaluation) is not None:
             secure = SecureDevices(evaluating, directory.devices, self._note) if is_secure else None
             self._evaluation_cohort = SimulatedCohort(evaluating, secure, self._on_evaluation, self._note)
 
@@ -56,7 +54,7 @@ class Session:
             report = self._secure.with_traffic(report)
         line = run_history.metrics_line(report)
         if self._evaluations is not None:
-            line["epsilon"] = dict(self._evaluations.spent(self._ledger))
+            self._evaluations.add_cost_to(line, self._ledger)
         self._history.append(line)
         self._commit(state)
         self._pace = replace(
@@ -95,14 +93,14 @@ class Session:
     def _evaluate_on_devices(self, state: ServerState) -> None:
         """Let the devices measure the loss where that is due; where too few are left, or nothing is, go on without it."""
         evaluations, line = self._evaluations, self._history[-1]
-        if evaluations is None or line["device_loss"] is not None or not evaluations.is_due(state.round_num):
+        if evaluations is None or not evaluations.is_due(line):
             return
         try:
             found = evaluations.measure(state.adapter, state.round_num, self._evaluation_cohort)
         except (CohortError, PrivacyBudgetError) as error:
             self._note(f"no evaluation on devices after round {state.round_num}: {error}")
             return
-        run_history.add_evaluation(line, found, evaluations, self._ledger)
+        evaluations.add_to(line, found, self._ledger)
         self._commit(state)
 
     def finish(self, state: ServerState) -> SimulationResult:

@@ -15,14 +15,11 @@ import numpy as np
 from fedmini import data, planning, rounds, rundir
 from fedmini.config import RunConfig
 from fedmini.contributor import Contributor
-from fedmini.device_evaluation import DeviceEvaluations
 from fedmini.errors import ConfigError, StateError
 from fedmini.model import loading, runtime
 from fedmini.model.lora import LoraModel
-from fedmini.privacy.ledger import Ledger
 from fedmini.privacy.noise import RandomStream, Streams
 from fedmini.rundir import RunDirectory
-from fedmini.server_step import num_asked
 from fedmini.simulation.progress import Progress
 from fedmini.types import DeviceId, EncodedExample, Manifest
 
@@ -46,9 +43,7 @@ class Setup:
     run: rounds.Run
     model: LoraModel
     devices: Mapping[DeviceId, Contributor]
-    evaluators: Mapping[
-        DeviceId, Contributor
-    ]  # the same devices, measuring on what they hold back; empty where none do
+    evaluators: Mapping[DeviceId, Contributor]  # the same, measuring on what they hold back; empty where none do
     held_out: tuple[EncodedExample, ...]
     evaluated_on: str  # in words
     environment: Mapping[str, Any]
@@ -62,22 +57,6 @@ class Setup:
             return None
         run = replace(self.run, manifest=manifest, streams=lambda *purpose: streams("evaluation", *purpose))
         return replace(self, run=run, devices=self.evaluators)
-
-
-def evaluations_of(setup: Setup, ledger: Ledger) -> DeviceEvaluations:
-    """A run's evaluations on its devices, which it must have."""
-    run, manifest = setup.run, setup.run.manifest.for_evaluation
-    assert manifest is not None
-    return DeviceEvaluations(
-        trained=run.manifest,
-        manifest=manifest,
-        num_asked=num_asked(manifest.release.cohort_size, run.server.over_selection),
-        population=run.population,
-        streams=run.streams,
-        ledger=ledger,
-        is_seeded=run.is_seeded,
-        is_replayed=run.is_replayed,
-    )
 
 
 def same_run(given: RunConfig, stored: RunConfig, directory: RunDirectory) -> RunConfig:

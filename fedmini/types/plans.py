@@ -82,6 +82,10 @@ class ReleasePlan:
         """The protected units, the example first; empty where nothing is protected."""
         return tuple(unit for unit in (self.example, self.device) if unit is not None)
 
+    def plan_of(self, unit: Unit) -> UnitPlan | None:
+        """How one kind of unit is protected; None where it isn't."""
+        return self.example if unit == "example" else self.device
+
     @property
     def sums_examples(self) -> bool:
         """Whether the vector that travels is a sum of rounded per-example gradients (`example`, `shared`)."""
@@ -139,6 +143,12 @@ class Manifest:
     def hash(self) -> str:
         """SHA-256 over the canonical JSON, in hex."""
         return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def parts(self) -> tuple["Manifest", ...]:
+        """What a device releases under this: the training, and the evaluations where there are any."""
+        evaluated = self.for_evaluation
+        return (self,) if evaluated is None else (self, evaluated)
 
     @property
     def for_evaluation(self) -> "EvaluationManifest | None":

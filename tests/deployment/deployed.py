@@ -151,7 +151,7 @@ class Deployment:
         self.server = Logged.start("server", command, "stderr")
         return self.server
 
-    def start_device(self, name: str, **settings: Any) -> Logged:
+    def start_device(self, name: str, program: str = "device_process", **settings: Any) -> Logged:
         path = self.folder / f"{name}.json"
         values = {
             "name": name,
@@ -162,7 +162,7 @@ class Deployment:
             **settings,
         }
         path.write_text(json.dumps(values))
-        command = [sys.executable, "-m", "tests.deployment.device_process", str(path)]
+        command = [sys.executable, "-m", f"tests.deployment.{program}", str(path)]
         self.devices[name] = Logged.start(name, command, "stdout")
         return self.devices[name]
 

@@ -1,13 +1,12 @@
 """A device that breaks every round it is in does not stop a run."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny_run
-from tests.deployment.deployed import Logged, a_config, deployment
+from tests.deployment.deployed import a_config, deployment
 
 
 @pytest.mark.timeout(600)
@@ -21,7 +20,7 @@ def test_a_device_that_deals_broken_shares_costs_one_attempt_and_is_asked_no_mor
         hostile, *honest = deployed.people
         for name in honest:
             deployed.start_device(name)
-        deployed.devices[hostile] = start_bad_dealer(deployed, hostile)
+        deployed.start_device(hostile, program="bad_dealer_process")
         server = deployed.start_server()
         server.wait_for("device.blamed", dealer=hostile)
         server.wait_for("run.finished")
@@ -33,16 +32,3 @@ def test_a_device_that_deals_broken_shares_costs_one_attempt_and_is_asked_no_mor
         for name in honest:  # refused before it paid: the lost attempt cost no honest device anything
             own = [json.loads(line) for line in (deployed.folder / name / "ledger.jsonl").read_text().splitlines()]
             assert [(line["round"], line["attempt"]) for line in own] == [(1, 1), (2, 0)], name
-
-
-def start_bad_dealer(deployed, name: str) -> Logged:
-    path = deployed.folder / f"{name}.json"
-    values = {
-        "name": name,
-        "folder": str(deployed.folder / name),
-        "server": deployed.address,
-        "server_key": str(deployed.server_folder / "tls" / "ca.crt"),
-        "seeded": True,
-    }
-    path.write_text(json.dumps(values))
-    return Logged.start(name, [sys.executable, "-m", "tests.deployment.bad_dealer_process", str(path)], "stdout")

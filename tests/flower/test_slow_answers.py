@@ -1,14 +1,16 @@
 """An answer that is still being sent costs nobody else time, and is taken when it is whole."""
 
+import contextlib
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
-from flwr.app import Message
-from flwr.proto import fleet_pb2, message_pb2
 
-from fedmini.flower import codec, fleet, objects, registry
+from fedmini.errors import LinkError
+from fedmini.flower import fleet, registry
+from fedmini.flower.allow_list import PUSH_OBJECT
 from fedmini.flower.codec import Envelope
 from fedmini.flower.fleet import FleetConnection
 from fedmini.secagg import device_keys
@@ -19,26 +21,16 @@ SLOW_S = 12.0  # longer than a part of a message was waited for once
 
 def answer_slowly(connection: FleetConnection, go_on: threading.Event) -> None:
     """Announce an answer, and send its parts when told to."""
-    received = connection.pull()
-    whole = objects.Deflated(Message(codec.pack(Envelope("answer", {}, b"S" * 1000)), reply_to=received.message))
-    head = fleet_pb2.PushMessagesRequest(
-        node=connection._node,
-        messages_list=[whole.head],
-        message_object_trees=[whole.tree],
-        clientapp_runtime_list=[0.0],
-    )
-    pushed = connection._calls.call("/v1/fleet/push-messages", head, fleet_pb2.PushMessagesResponse)
-    if not go_on.wait(60):
-        return
-    for name, content in whole.objects.items():
-        part = message_pb2.PushObjectRequest(
-            node=connection._node,
-            run_id=received.run,
-            object_id=name,
-            object_content=content,
-            session_id=pushed.session_id,
-        )
-        connection._calls.call("/v1/fleet/push-object", part, message_pb2.PushObjectResponse)
+    call = connection._calls.call
+
+    def held_back(path: str, *others: Any) -> Any:
+        if path == PUSH_OBJECT and not go_on.wait(60):
+            raise LinkError("it was never told to")
+        return call(path, *others)
+
+    connection._calls.call = held_back
+    with contextlib.suppress(LinkError):
+        connection.reply(connection.pull(), Envelope("answer", {}, b"S" * 1000))
 
 
 def test_an_answer_that_is_still_being_sent_holds_up_no_other_and_is_taken_in_the_end(tmp_path: Path) -> None:
