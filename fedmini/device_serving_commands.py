@@ -1,5 +1,6 @@
 """`fedmini device serve`, `run` and `add`: a device without an app around it. Heavy imports happen inside commands."""
 
+import gc
 import signal
 import sys
 import threading
@@ -131,3 +132,5 @@ def _run(settings: "DaemonSettings", log_format: str, ended: threading.Event) ->
         raise ConfigError(f"--log-format: expected text or json, got {log_format!r}")
     chosen: Literal["text", "json"] = log_format  # type: ignore[assignment]
     daemon.run(settings, events.to_stream(sys.stderr, chosen, "device"), ended)
+    # All is closed. Python's last collection would take seconds over torch's objects, for memory that goes anyway.
+    gc.freeze()

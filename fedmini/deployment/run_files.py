@@ -9,8 +9,7 @@ from fedmini import config as configuration
 from fedmini import manifest_file, planning, rundir
 from fedmini.config import RunConfig
 from fedmini.errors import ConfigError, StateError, UpdateError
-from fedmini.model import loading, runtime
-from fedmini.model.lora import LoraModel
+from fedmini.model import runtime
 from fedmini.phrases import quoted
 from fedmini.rundir import RunDirectory
 from fedmini.secagg import signed_manifest, trust_text
@@ -63,6 +62,9 @@ def begin(files: RunFiles) -> None:
 
 def plan(config: RunConfig, note: Callable[[str], None]) -> dict[str, bytes]:
     """The files of a run that is planned now, for its folder: to be signed. Loads the base."""
+    from fedmini.model import loading  # the supervisor opens runs too, and lives as long as they do: without PyTorch
+    from fedmini.model.lora import LoraModel
+
     cache_dir = runtime.default_cache_dir()
     model = LoraModel(loading.load_base(config.base, cache_dir, note), planning.lora_shape(config))
     base = planning.Base(model.fingerprint, model.template)

@@ -105,11 +105,21 @@ class ServedRun:
             raise
         except CohortError as error:  # nothing was spent, or it is written down: the next try is a new attempt
             self._parts.emit("round.waits", round=round_num, reason=str(error))
-            time.sleep(min(self._rest_s, self._parts.timing.wait_s))  # it may be that nothing changes by itself
-            self._rest_s *= 2
+            self._rest()
             return
         self._rest_s = FIRST_REST_SECONDS
         self._commit(state, self._with_traffic(found))
+
+    def _rest(self) -> None:
+        """A while, longer each time: it may be that nothing changes by itself. Somebody who comes ends it."""
+        parts, before = self._parts, set(self._parts.roll.ready())
+        until = time.monotonic() + min(self._rest_s, parts.timing.wait_s)
+        self._rest_s *= 2
+        while (left := until - time.monotonic()) > 0 and before.issuperset(parts.roll.ready()):
+            try:
+                parts.roll.look(min(parts.timing.poll_s, left))
+            except LinkError as error:
+                self._relink(error)
 
     def _wait_for_devices(self, round_num: int) -> None:
         """Until a whole cohort is ready, or `wait_s` have passed and enough for a round are. Says for whom it waits."""

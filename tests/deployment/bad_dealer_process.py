@@ -1,9 +1,5 @@
 """A device like any other, but that the shares it seals for its peers are broken: nobody but their holders can see that."""
 
-import json
-import sys
-from pathlib import Path
-
 from fedmini.secagg import keys
 from tests.deployment import device_process
 
@@ -12,7 +8,3 @@ def main(settings: dict) -> None:
     honest = keys.seal
     keys.seal = lambda key, content, about: honest(key, bytes([content[0] ^ 1]) + content[1:], about)
     device_process.main(settings)
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_bytes()))

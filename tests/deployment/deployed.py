@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedmini import config as configuration
 from fedmini import enrolment, manifest_file, operator_keys, planning, server_folder
@@ -23,6 +23,7 @@ from fedmini.model.lora import LoraModel
 from fedmini.secagg import device_keys, trust_text
 from fedmini.store import ExampleStore, StoredExample
 from tests import tiny_run
+from tests.deployment.nursery import Forked, Nursery
 
 ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 120.0
@@ -54,12 +55,17 @@ def a_config(folder: Path, privacy: str = "example-shared", changes: Mapping[str
     return tiny_run.config(folder, changes=sections)
 
 
+def renamed(config: RunConfig, name: str) -> RunConfig:
+    """The same run under another name."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
 @dataclass
 class Logged:
     """A process, and the events that it has logged as JSON lines so far."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     lines: list[str] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -70,11 +76,15 @@ class Logged:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, text=True, errors="replace", cwd=ROOT, env=environment, **pipes
         )
+        return cls.of(name, process, getattr(process, stream))
+
+    @classmethod
+    def of(cls, name: str, process: "subprocess.Popen[str] | Forked", stream: TextIO) -> "Logged":
         made = cls(name, process)
-        threading.Thread(target=made._read, args=(getattr(process, stream),), daemon=True).start()
+        threading.Thread(target=made._read, args=(stream,), daemon=True).start()
         return made
 
-    def _read(self, stream) -> None:
+    def _read(self, stream: TextIO) -> None:
         for line in stream:
             with self.changed:
                 self.lines.append(line.rstrip("\n"))
@@ -130,6 +140,7 @@ class Deployment:
     port: int
     people: Mapping[str, list[StoredExample]]
     run: str  # the one that is served, of those that were planned
+    nursery: Nursery
     server: Logged | None = None
     devices: dict[str, Logged] = field(default_factory=dict)
 
@@ -152,6 +163,7 @@ class Deployment:
         return self.server
 
     def start_device(self, name: str, program: str = "device_process", **settings: Any) -> Logged:
+        """By the program of tests/deployment that is to be this device."""
         path = self.folder / f"{name}.json"
         values = {
             "name": name,
@@ -162,13 +174,21 @@ class Deployment:
             **settings,
         }
         path.write_text(json.dumps(values))
-        command = [sys.executable, "-m", f"tests.deployment.{program}", str(path)]
-        self.devices[name] = Logged.start(name, command, "stdout")
+        self.devices[name] = Logged.of(name, *self.nursery.start(program, path))
         return self.devices[name]
 
     def start_devices(self, **settings: Any) -> None:
+        """All that do not run already."""
         for name in self.people:
-            self.start_device(name, **settings)
+            if name not in self.devices or self.devices[name].process.poll() is not None:
+                self.start_device(name, **settings)
+
+    def start_daemon(self, name: str, socket: Path) -> Logged:
+        """`fedmini device serve`, the real command, in the place of an app with a device inside."""
+        command = [sys.executable, "-m", "fedmini", "device", "serve", str(self.folder / name), "--socket", str(socket)]
+        server = ["--server", self.address, "--server-key", str(self.server_folder / "tls" / "ca.crt")]
+        self.devices[name] = Logged.start(name, [*command, *server, "--log-format", "json"], "stderr")
+        return self.devices[name]
 
     def pid_of(self, process: str) -> int:
         """The newest process of this name under the server."""
@@ -189,9 +209,15 @@ class Deployment:
             with suppress(ProcessLookupError):
                 os.kill(self.pid_of(process), signal.SIGKILL)
 
-    def end(self) -> None:
+    def end_devices(self) -> None:
+        for device in self.devices.values():
+            if device.process.poll() is None:
+                device.process.terminate()  # all at once, then wait for each
         for device in self.devices.values():
             device.end()
+
+    def end(self) -> None:
+        self.end_devices()
         if self.server is not None:
             self.server.end()
 
@@ -234,14 +260,27 @@ def deployment(
     rows: list[dict[str, str]] | None = None,
     num_runs: int = 1,
     timing: Mapping[str, float] = TIMING,
+    others: Sequence[RunConfig] = (),
 ) -> Iterator[Deployment]:
     """All folders made, every device enrolled, its examples stored and the runs agreed to; nothing is started.
 
-    With several runs, alike but for their names, the devices' processes can serve one after the other.
+    With several runs, alike but for their names, and `others`, on the same base, the devices' processes can serve one
+    after the other.
     """
     rows = tiny_run.rows() if rows is None else rows
-    names = [config.run.name, *(f"{config.run.name}-{number}" for number in range(2, num_runs + 1))]
-    made = Deployment(folder, config, free_port(), people_of(config, rows), names[0])
+    alike = [renamed(config, f"{config.run.name}-{number}") for number in range(2, num_runs + 1)]
+    with Nursery(ROOT) as nursery:
+        made = Deployment(folder, config, free_port(), people_of(config, rows), config.run.name, nursery)
+        lay_out(made, [config, *alike, *others], timing)
+        try:
+            yield made
+        finally:
+            made.end()
+
+
+def lay_out(made: Deployment, configs: Sequence[RunConfig], timing: Mapping[str, float]) -> None:
+    """Make the folders of an operator, of the server with these runs, and of every device."""
+    folder = made.folder
     operator_keys.create(folder / "operator", None)
     operator_key = operator_keys.read_public_key(folder / "operator" / "operator.pub")
     served = configuration.parse_server_config(
@@ -250,11 +289,10 @@ def deployment(
             "timing": dict(timing),
         }
     )
-    manifest = planned(config, folder)
-    manifests = {name: replace(manifest, run_id=f"{name}-1") for name in names}
+    manifests = {one.run.name: planned(one, folder) for one in configs}
     runs = {
-        name: {"manifest.json": manifest_file.canonical(one), "config.toml": dump(config, name)}
-        for name, one in manifests.items()
+        one.run.name: {"manifest.json": manifest_file.canonical(manifests[one.run.name]), "config.toml": dump(one)}
+        for one in configs
     }
     server = server_folder.create(made.server_folder, served, datetime.now(UTC), operator_key, runs)
     with operator_keys.opened(folder / "operator", lambda: b"") as operator:
@@ -268,17 +306,13 @@ def deployment(
             certificate = operator.certify(keys.device_key, name)
             server.enroll(keys, certificate)
             enrolment.enrol(folder / name, certificate, operator_key)
-            write_device_toml(folder / name, config)
+            write_device_toml(folder / name, made.config)
             with enrolment.opened(folder / name) as own:
                 for one in signed.values():
                     own.accept(one)
             limits = configuration.StoreSection()
             with ExampleStore.open(folder / name / "examples", limits, find_keyring=lambda: None) as store:
                 store.add_many(examples)
-    try:
-        yield made
-    finally:
-        made.end()
 
 
 def planned(config: RunConfig, folder: Path):
@@ -292,13 +326,14 @@ def cache_dir(folder: Path) -> Path:
     return folder / "cache"
 
 
-def dump(config: RunConfig, name: str) -> bytes:
+def dump(config: RunConfig) -> bytes:
     """The run's settings as the server keeps them: no seed, which no deployment may have."""
-    served = config.model_copy(update={"run": config.run.model_copy(update={"seed": None, "name": name})})
+    served = config.model_copy(update={"run": config.run.model_copy(update={"seed": None})})
     return configuration.dump_run_config(served).encode()
 
 
-def write_device_toml(folder: Path, config: RunConfig) -> None:
+def write_device_toml(folder: Path, config: RunConfig, physical_batch_size: int = 16) -> None:
+    """Whatever the machine is doing that these tests run on, the device may train."""
     (folder / "device.toml").write_text(
         f"""[device]
 lifetime_epsilon = 1000.0
@@ -307,9 +342,14 @@ lifetime_delta = 1e-3
 path = {json.dumps(str(config.base.path))}
 compute_dtype = "float32"
 [training]
-physical_batch_size = 16
+physical_batch_size = {physical_batch_size}
 max_memory_bytes = {2**33}
 [conditions]
+on_power = false
+idle = false
+unmetered = false
+max_temperature_c = 1000.0
+min_free_memory_bytes = 0
 max_minutes_per_day = 1000
 """
     )

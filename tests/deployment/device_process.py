@@ -1,9 +1,9 @@
-"""A device in a process of its own, as an app would embed it: `python -m tests.deployment.device_process SETTINGS.json`.
+"""A device in a process of its own, as an app would embed it. Its settings come from tests/deployment/deployed.py.
 
 Its randomness is injected, its conditions always hold. It prints one JSON line for each event of its log.
 """
 
-import json
+import gc
 import os
 import signal
 import sys
@@ -51,7 +51,4 @@ def main(settings: dict) -> None:
         device.start()
         emit("process.ready")
         ended.wait()
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_bytes()))
+    gc.freeze()  # the interpreter's last collection takes more than a second, and gives nothing back that its end does not
