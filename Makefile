@@ -31,9 +31,9 @@ test-slow: $(VENV)/.test ## run the slow tests only
 	@$(BIN)/python -m pytest -m slow
 
 test-deployment: $(VENV)/.test ## serve runs for real: server, TLS, devices in processes of their own, killed and attacked
-	@$(BIN)/python -m pytest -m "deployment and not slow"
+	@$(BIN)/python -m pytest -n 2 --dist loadscope -m "deployment and not slow"
 
-chaos: $(VENV)/.test ## kill the server, its gate or its coordinator in KILLS=200 runs, one after the other: some hours
+chaos: $(VENV)/.test ## kill the server, its gate or its coordinator in KILLS=200 runs (or the seeds KILLS=100:200): some hours
 	@$(BIN)/python -m pytest -s --kill-seeds $(KILLS) tests/deployment/test_kills.py
 
 fuzz: $(VENV)/.test ## attack every parser for FUZZ_MINUTES=10 minutes each, and say how many inputs it had

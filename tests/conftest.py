@@ -29,13 +29,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="minutes for each parser in tests/secagg/test_fuzz.py; 0: seconds",
     )
-    parser.addoption("--kill-seeds", type=int, default=6, help="runs of tests/deployment/test_kills.py, a kill in each")
+    parser.addoption(
+        "--kill-seeds",
+        type=seeds,
+        default="6",
+        help="runs of tests/deployment/test_kills.py, a kill in each: their number, or the first seed and the one after the "
+        "last, as in 100:200",
+    )
+
+
+def seeds(text: str) -> range:
+    """`6` is the seeds 0 to 5, `100:200` those from 100 to 199."""
+    first, _, stop = text.rpartition(":")
+    return range(int(first or 0), int(stop))
 
 
 @pytest.fixture
 def kill_seeds(request: pytest.FixtureRequest) -> range:
     """The seeds of the kills."""
-    return range(request.config.getoption("--kill-seeds"))
+    return request.config.getoption("--kill-seeds")
 
 
 @pytest.fixture
