@@ -70,7 +70,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV)."
-	@$(INSTALL) -e '.[demo,test]'
+	@$(INSTALL) -e '.[demo,test,cluster]'
 	@touch $@
 
 $(BIN)/python:

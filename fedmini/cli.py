@@ -6,12 +6,19 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeAlias
 
 import click
 import typer
 
-from fedmini import device_commands, device_serving_commands, operator_commands, server_commands, serving_commands
+from fedmini import (
+    bench_commands,
+    device_commands,
+    device_serving_commands,
+    operator_commands,
+    server_commands,
+    serving_commands,
+)
 from fedmini.command_help import HelpedCommand
 from fedmini.errors import ConfigError, FedMiniError
 
@@ -27,12 +34,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+bench_commands.add_to(app)
 app.add_typer(operator_commands.operator, name="operator")
 device_serving_commands.add_to(device_commands.device)
 app.add_typer(device_commands.device, name="device")
 serving_commands.add_to(server_commands.server)
 app.add_typer(server_commands.server, name="server")
 
+Engine: TypeAlias = Literal["own", "ray"]
 ConfigFile = Annotated[Path, typer.Argument(help="The run's TOML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value of the file.")
@@ -49,7 +58,7 @@ def plan(
 ) -> None:
     """Say what a run will do and cost, before it does."""
     from fedmini import config as configuration
-    from fedmini import display, files, forecast, manifest_file, pace, planning
+    from fedmini import device_memory, display, files, forecast, manifest_file, pace, planning
     from fedmini.model import runtime
 
     chosen = configuration.load_run_config(config, overrides or [])
@@ -60,6 +69,8 @@ def plan(
     known = pace.recall(cache_dir, chosen)
     seconds = pace.forecast_seconds(known, manifest, chosen) if known is not None else None
     description = _description(chosen) | {"time": display.time_sentence(seconds)}
+    if (memory := device_memory.sentence(chosen, manifest)) is not None:
+        description["on a device"] = memory
     display.print_plan(_console(), manifest, forecast.forecast(manifest), description)
     if manifest_path is not None:
         try:
@@ -76,9 +87,15 @@ def simulate(
     config: Annotated[Path | None, typer.Argument(help="The run's TOML file; may be left out with --resume.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    secure: Annotated[bool, typer.Option("--secure", help="Form every sum by secure aggregation: same bits.")] = False,
+    secure: Annotated[bool, typer.Option("--secure", help="Form every sum by secure aggregation.")] = False,
+    engine: Annotated[Engine, typer.Option("--engine", help="ray: train in the workers of a Ray cluster.")] = "own",
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="A Ray cluster that is there; else one on this machine.")
+    ] = None,
 ) -> None:
-    """Run it on this machine: every device in this process."""
+    """Run it on this machine, or on a Ray cluster."""
+    if ray_address is not None and engine != "ray":
+        raise ConfigError("--ray-address is for --engine ray: give both, or neither")
     if secure:
         overrides = [*(overrides or []), "simulation.secure=true"]
     if config is None and not resume:
@@ -88,7 +105,7 @@ def simulate(
             "--set and --secure change nothing of a run that has begun: leave them away, or begin another"
         )
     try:
-        _simulate(config, output, overrides or [], resume)
+        _simulate(config, output, overrides or [], resume, (engine, ray_address))
     except KeyboardInterrupt:
         _end_stopped(f"stopped{_how_to_go_on(output)}")
     except BrokenPipeError:
@@ -96,7 +113,9 @@ def simulate(
         _fail(f"stopped, because nobody reads this command's output any more{_how_to_go_on(output)}")
 
 
-def _simulate(config: Path | None, output: Path, overrides: list[str], resume: bool) -> None:
+def _simulate(
+    config: Path | None, output: Path, overrides: list[str], resume: bool, where: tuple[Engine, str | None]
+) -> None:
     from fedmini import config as configuration
     from fedmini import display, report, rundir, simulation
 
@@ -109,7 +128,12 @@ def _simulate(config: Path | None, output: Path, overrides: list[str], resume: b
         console.print(banner, style="bold red", soft_wrap=True)
     with display.ProgressDisplay(console) as show:
         options = simulation.SimulationOptions(resume=resume, on_progress=show)
-        result = simulation.simulate(chosen, output=output, options=options)
+        if where[0] == "ray":
+            from fedmini.flower_apps import ray_run
+
+            result = ray_run.simulate(chosen, output, options, where[1])
+        else:
+            result = simulation.simulate(chosen, output=output, options=options)
     report.write_report(output)
     display.print_result(console, result)
 

@@ -1,17 +1,19 @@
 """Contributor: turns a TrainTask into a Contribution, the only thing that ever leaves it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmini import local, local_evaluation, metrics, vectors
 from fedmini.errors import ModelMismatchError, UpdateError
-from fedmini.local import LocalRun
+from fedmini.local import LocalRun, Steps
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import clipping, encoding, noise
 from fedmini.privacy.noise import Streams
 from fedmini.types import Contribution, DeviceId, EncodedExample, EvaluationManifest, IntVector, Manifest, TrainTask
+
+FEWEST_TOKENS = 1024  # of devices together: with fewer at once, much of the time goes into dequantising the base
 
 
 class Contributor:
@@ -51,6 +53,11 @@ class Contributor:
         Shape (num_coordinates,), uint32. An update that is not finite becomes zeros; the noise is still added.
         Raises UpdateError where the task is another manifest's or its adapter can't be used.
         """
+        self._begin(task)
+        return local.run_alone(self._model, self._steps(task, self._model.parameters()))
+
+    def _begin(self, task: TrainTask) -> None:
+        """Give the model the task's adapter."""
         manifest = self._manifest
         if task.manifest_hash != manifest.hash:
             raise UpdateError(
@@ -58,10 +65,13 @@ class Contributor:
             )
         vectors.check(task.adapter, manifest.template)
         self._model.set_adapter(task.adapter)
-        integers = self._integers(task) + self._noise_share(task)
-        return Contribution(encoding.wrap(integers, manifest.release.modulus_bits))
 
-    def _integers(self, task: TrainTask) -> IntVector:
+    def _steps(self, task: TrainTask, parameters: local.Parameters) -> Steps[Contribution]:
+        """All that this device does for a task, at these tensors: they hold the task's adapter, and are moved."""
+        integers = (yield from self._integers(task, parameters)) + self._noise_share(task)
+        return Contribution(encoding.wrap(integers, self._manifest.release.modulus_bits))
+
+    def _integers(self, task: TrainTask, parameters: local.Parameters) -> Steps[IntVector]:
         """The clipped, rounded vector of this round, without the share of the noise that is added to the whole."""
         manifest, release = self._manifest, self._manifest.release
         if isinstance(manifest, EvaluationManifest):
@@ -72,8 +82,8 @@ class Contributor:
         run = LocalRun(self._examples, self._manifest.local, self._physical_batch_size, self._streams_of(task))
         if release.sums_examples:
             assert release.example is not None
-            return local.sum_gradients(self._model, run, release.example, release.num_metrics)
-        training = local.train_adapter(self._model, run, release.example)
+            return (yield from local.sum_gradients(parameters, run, release.example, release.num_metrics))
+        training = yield from local.train_adapter(parameters, run, release.example)
         vector = self._joint_vector(training)
         bound = encoding.sensitivity(release.encoding_norm, release.scale, len(vector))
         return encoding.round_stochastically(vector, release.scale, bound, run.streams("rounding", "update"))
@@ -105,3 +115,22 @@ class Contributor:
         return lambda *purpose: self._streams(
             "device", self.device_id, kind, task.round_num, "attempt", task.attempt, *purpose
         )
+
+
+def contribute_together(devices: Sequence[Contributor], task: TrainTask) -> Iterator[Contribution]:
+    """What each of several devices contributes, in any order, computed in one forward and backward over one model.
+
+    The devices (at least one) are one run's, share a model, and know nothing of each other. Each contribution is what
+    `contribute` gives, but that gradients may differ by float rounding: 1e-6 of their norm in float32. As many tokens are
+    in memory at once as one device's largest physical batch has, or FEWEST_TOKENS. Raises as `contribute` does.
+    """
+    first = devices[0]
+    if len(devices) == 1:
+        yield first.contribute(task)
+        return
+    model, manifest = first._model, first._manifest
+    first._begin(task)
+    moves = not manifest.release.sums_examples  # then all compute at one adapter
+    steps = [device._steps(task, model.copies() if moves else model.parameters()) for device in devices]
+    tokens_at_once = max(FEWEST_TOKENS, first._physical_batch_size * manifest.local.max_length)
+    yield from local.run_together(model, steps, tokens_at_once)

@@ -3,16 +3,15 @@
 import gc
 import signal
 import sys
-import threading
 from collections import deque
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedmini import events
 from fedmini.command_help import HelpedCommand
+from fedmini.ending import Ending
 from fedmini.errors import ConfigError
 from fedmini.phrases import counted, quoted
 
@@ -112,20 +111,14 @@ def add_to(device: typer.Typer) -> None:
         device.command(cls=HelpedCommand)(command)
 
 
-def _ended_by_signals() -> threading.Event:
-    """Set by SIGTERM and Ctrl-C, from now on; a second one ends the process at once."""
-    ended = threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        ended.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+def _ended_by_signals() -> Ending:
+    """Asked for by SIGTERM and Ctrl-C, from now on; a second one ends the process at once."""
+    ended = Ending()
+    ended.listen(signal.SIGTERM, signal.SIGINT)
     return ended
 
 
-def _run(settings: "DaemonSettings", log_format: str, ended: threading.Event) -> None:
+def _run(settings: "DaemonSettings", log_format: str, ended: Ending) -> None:
     from fedmini.device_service import daemon
 
     if log_format not in ("text", "json"):

@@ -1,11 +1,15 @@
 """One device's training in one round: read it down and you know what a device computes.
 
+A device's steps are a generator: it asks for gradients and is sent them, so that whoever drives it may answer one device
+alone, or many at once. All else stays within it: what it draws, clips, rounds and noises, and its optimizer.
+
 Opacus is the engine: `IntegerDPOptimizer` is its `DPOptimizer` with the sum of clipped per-example gradients taken
 over integers, as docs/accounting.md argues, so that its noise is exact and drawn from the injected generator.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +17,16 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
 from fedmini import metrics
+from fedmini.model import together
 from fedmini.model.lora import LoraModel
+from fedmini.model.together import GradientRequest, Gradients
 from fedmini.privacy import clipping, encoding, noise
 from fedmini.privacy.noise import Streams
 from fedmini.types import EncodedExample, IntVector, LocalPlan, UnitPlan, Vector
+
+Result = TypeVar("Result")
+Steps: TypeAlias = Generator[GradientRequest, Gradients, Result]
+Parameters: TypeAlias = list[torch.nn.Parameter]  # an adapter, as LoraModel.parameters gives it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +68,11 @@ class IntegerDPOptimizer(DPOptimizer):  # type: ignore[misc]
         self._rounding = streams("rounding")
         self._num_noise_draws = 0
 
-    def observe(self, losses: NDArray[np.float64], num_targets: NDArray[np.int64]) -> None:
-        """Say what the next gradients' examples lost: their metric coordinates."""
-        self.metric_rows = (losses, num_targets)
+    def observe(self, found: Gradients) -> None:
+        """Take the next per-example gradients, and what their examples lost: their metric coordinates."""
+        for parameter, part in zip(self.params, _parts(found.rows, self.params), strict=True):
+            parameter.grad_sample = part.view(len(part), *parameter.shape)
+        self.metric_rows = (found.losses, found.num_targets)
 
     def clip_and_accumulate(self) -> None:
         """Add the current per-example gradients, each clipped and rounded, to `integer_sum`."""
@@ -110,28 +122,54 @@ class LocalRun:
     streams: Streams
 
 
-def sum_gradients(model: LoraModel, run: LocalRun, unit: UnitPlan, num_metrics: int) -> IntVector:
+def run_alone(model: LoraModel, steps: Steps[Result]) -> Result:
+    """What one device's steps come to, whose adapter is the model's."""
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(together.answer_alone(model, request))
+    except StopIteration as done:
+        result: Result = done.value
+        return result
+
+
+def run_together(model: LoraModel, devices: Sequence[Steps[Result]], tokens_at_once: int) -> Iterator[Result]:
+    """What several devices' steps come to, in the order in which they end: each asks once, then all are answered.
+
+    Either every device computes at the model's adapter, or each at a copy of its own.
+    """
+    answers: list[tuple[Steps[Result], Gradients | None]] = [(steps, None) for steps in devices]
+    while answers:
+        asking: list[tuple[Steps[Result], GradientRequest]] = []
+        while answers:
+            steps, answer = answers.pop(0)  # what it was sent is let go as soon as it has used it
+            try:
+                asking.append((steps, next(steps) if answer is None else steps.send(answer)))
+            except StopIteration as done:
+                yield done.value
+        if asking:
+            found = together.answer_together(model, [request for _, request in asking], tokens_at_once)
+            answers = [(steps, answer) for (steps, _), answer in zip(asking, found, strict=True)]
+
+
+def sum_gradients(parameters: Parameters, run: LocalRun, unit: UnitPlan, num_metrics: int) -> Steps[IntVector]:
     """One Poisson batch's per-example gradients, each clipped and rounded, then added; no noise yet.
 
     Shape (num_parameters + num_metrics,), int64. An empty batch gives zeros.
     """
-    optimizer = IntegerDPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=1.0), unit, run.plan, num_metrics, run.streams
-    )
+    optimizer = IntegerDPOptimizer(torch.optim.SGD(parameters, lr=1.0), unit, run.plan, num_metrics, run.streams)
     for chunk in _chunks(_poisson_batch(run, step=0), run.physical_batch_size):
-        found = model.example_gradients(chunk)
-        optimizer.observe(found.losses, found.num_targets)
+        optimizer.observe((yield GradientRequest(chunk, parameters, of_mean=False)))
         optimizer.clip_and_accumulate()
     return optimizer.integer_sum
 
 
-def train_adapter(model: LoraModel, run: LocalRun, unit: UnitPlan | None) -> Training:
-    """A device's local steps, from the adapter that the model holds: DP-SGD where `unit` says so, else plain.
+def train_adapter(parameters: Parameters, run: LocalRun, unit: UnitPlan | None) -> Steps[Training]:
+    """A device's local steps, which move its adapter: DP-SGD where `unit` says so, else plain.
 
     The adapter's change is private with respect to `unit` after every step, whoever sees it.
     """
-    start = model.flat()
-    parameters = model.parameters()
+    start = _flat(parameters)
     plain = _OPTIMIZERS[run.plan.optimizer](parameters, lr=run.plan.learning_rate)
     optimizer = None if unit is None else IntegerDPOptimizer(plain, unit, run.plan, 0, run.streams)
     losses: list[NDArray[np.float64]] = []
@@ -139,49 +177,55 @@ def train_adapter(model: LoraModel, run: LocalRun, unit: UnitPlan | None) -> Tra
     for step in range(run.plan.num_steps):
         batch = _poisson_batch(run, step)
         if optimizer is not None:
-            _private_step(model, optimizer, batch, run.physical_batch_size)
+            yield from _private_step(parameters, optimizer, batch, run.physical_batch_size)
             continue
-        for found_losses, found_targets in _plain_step(model, plain, batch, run.physical_batch_size):
-            losses.append(found_losses)
-            targets.append(found_targets)
+        for found in (yield from _plain_step(parameters, plain, batch, run.physical_batch_size)):
+            losses.append(found.losses)
+            targets.append(found.num_targets)
     num_seen = sum(len(found) for found in losses)
     return Training(
-        delta=model.flat() - start,
+        delta=_flat(parameters) - start,
         loss=float(sum(found.sum() for found in losses) / max(1, num_seen)),
         mean_targets=float(sum(found.sum() for found in targets) / max(1, num_seen)),
     )
 
 
 def _private_step(
-    model: LoraModel, optimizer: IntegerDPOptimizer, batch: Sequence[EncodedExample], physical_batch_size: int
-) -> None:
+    parameters: Parameters, optimizer: IntegerDPOptimizer, batch: Sequence[EncodedExample], physical_batch_size: int
+) -> Steps[None]:
     chunks = _chunks(batch, physical_batch_size) or [[]]  # an empty batch is a legal one: noise only
     for index, chunk in enumerate(chunks):
-        model.example_gradients(chunk)
+        optimizer.observe((yield GradientRequest(chunk, parameters, of_mean=False)))
         optimizer.signal_skip_step(do_skip=index < len(chunks) - 1)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def _plain_step(
-    model: LoraModel, optimizer: torch.optim.Optimizer, batch: Sequence[EncodedExample], physical_batch_size: int
-) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    parameters: Parameters, optimizer: torch.optim.Optimizer, batch: Sequence[EncodedExample], physical_batch_size: int
+) -> Steps[list[Gradients]]:
     """One step on the batch's mean gradient; an empty batch moves nothing."""
-    parameters = model.parameters()
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
-    found = []
+    found: list[Gradients] = []
+    total = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
     for chunk in _chunks(batch, physical_batch_size):
-        losses = model.mean_loss_gradient(chunk)
-        found.append((losses, np.array([example.is_target.sum() for example in chunk], np.int64)))
-        for total, parameter in zip(sums, parameters, strict=True):
-            assert parameter.grad is not None
-            total.add_(parameter.grad, alpha=len(chunk) / len(batch))
+        answer = yield GradientRequest(chunk, parameters, of_mean=True)
+        found.append(replace(answer, rows=answer.rows[:0]))
+        total.add_(answer.rows[0], alpha=len(chunk) / len(batch))
     if batch:
-        for total, parameter in zip(sums, parameters, strict=True):
-            parameter.grad = total
+        for parameter, part in zip(parameters, _parts(total[None], parameters), strict=True):
+            parameter.grad = part.view_as(parameter)
         optimizer.step()
     optimizer.zero_grad()
     return found
+
+
+def _parts(rows: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    """The coordinates of each parameter, (num_rows, size): views."""
+    return torch.split(rows, [parameter.numel() for parameter in parameters], dim=1)
+
+
+def _flat(parameters: Parameters) -> Vector:
+    return np.concatenate([parameter.detach().cpu().numpy().ravel() for parameter in parameters])
 
 
 def _poisson_batch(run: LocalRun, step: int) -> list[EncodedExample]:

@@ -36,7 +36,7 @@ def room_for_vector(clip_norm: float) -> float:
 
 def capped(losses: ArrayLike) -> NDArray[np.float64]:
     """Within [0, LOSS_CAP]; what is not a number counts as the cap."""
-    return np.clip(np.nan_to_num(np.asarray(losses, np.float64), nan=LOSS_CAP, posinf=LOSS_CAP), 0, LOSS_CAP)
+    return np.asarray(np.fmax(np.fmin(np.asarray(losses, np.float64), LOSS_CAP), 0.0))  # fmin prefers a number
 
 
 def coordinates(

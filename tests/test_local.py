@@ -12,7 +12,7 @@ from fedmini import local
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import accounting, encoding
 from fedmini.privacy.noise import RandomStream
-from fedmini.types import LocalPlan, UnitPlan
+from fedmini.types import IntVector, LocalPlan, UnitPlan
 from tests import tiny_llama
 
 PLAN = LocalPlan(1, 0.5, 4.0, 0.1, "sgd", 64, detach_prefix=False)
@@ -42,13 +42,21 @@ def a_local_run(
     return local.LocalRun(tiny_llama.examples(lengths), plan, physical_batch_size, partial(RandomStream.seeded, seed))
 
 
+def sum_gradients(model: LoraModel, run: local.LocalRun, unit: UnitPlan, num_metrics: int) -> IntVector:
+    return local.run_alone(model, local.sum_gradients(model.parameters(), run, unit, num_metrics))
+
+
+def train_adapter(model: LoraModel, run: local.LocalRun, unit: UnitPlan | None) -> local.Training:
+    return local.run_alone(model, local.train_adapter(model.parameters(), run, unit))
+
+
 EVERYTHING = replace(PLAN, sampling_rate=1.0)
 
 
 def test_the_sum_over_a_batch_is_the_sum_of_clipped_gradients_up_to_rounding() -> None:
     model = a_model()
     unit = a_unit(model, num_metrics=0)
-    found = local.sum_gradients(model, a_local_run(EVERYTHING), unit, num_metrics=0)
+    found = sum_gradients(model, a_local_run(EVERYTHING), unit, num_metrics=0)
     rows = model.example_gradients(tiny_llama.examples(LENGTHS)).gradients.double().numpy()
     factors = np.minimum(1, unit.clip_norm / np.linalg.norm(rows, axis=1))
     expected = (rows * factors[:, None]).sum(axis=0)
@@ -59,7 +67,7 @@ def test_the_sum_over_a_batch_is_the_sum_of_clipped_gradients_up_to_rounding() -
 def test_the_integer_sum_is_opacuss_own_clipped_sum_up_to_rounding() -> None:
     model = a_model()
     unit = a_unit(model, num_metrics=0)
-    found = local.sum_gradients(model, a_local_run(EVERYTHING), unit, num_metrics=0)
+    found = sum_gradients(model, a_local_run(EVERYTHING), unit, num_metrics=0)
     stock = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=1.0),
         noise_multiplier=0.0,
@@ -77,7 +85,7 @@ def test_one_example_moves_the_integers_by_at_most_the_bound_the_noise_is_sized_
     unit = a_unit(model, clip_norm=1e-4)  # far below every gradient's norm
     bound = encoding.sensitivity(unit.clip_norm, unit.scale, model.num_parameters + 4)
     for seed in range(20):
-        found = local.sum_gradients(model, a_local_run(EVERYTHING, seed, lengths=(9,)), unit, num_metrics=4)
+        found = sum_gradients(model, a_local_run(EVERYTHING, seed, lengths=(9,)), unit, num_metrics=4)
         assert 0 < np.linalg.norm(found.astype(float)) <= bound
 
 
@@ -87,28 +95,28 @@ def test_without_clipping_one_example_would_pass_the_bound(monkeypatch: pytest.M
     unit = a_unit(model, clip_norm=1e-4)
     monkeypatch.setattr(local.clipping, "clip_rows", lambda rows, clip_norm: (rows, np.zeros(len(rows), bool)))
     with pytest.raises(Exception, match="expected a clipped vector"):
-        local.sum_gradients(model, a_local_run(EVERYTHING, lengths=(9,)), unit, num_metrics=4)
+        sum_gradients(model, a_local_run(EVERYTHING, lengths=(9,)), unit, num_metrics=4)
 
 
 def test_the_size_of_a_physical_batch_changes_nothing_but_rounding() -> None:
     model = a_model()
     unit = a_unit(model)
-    whole = local.sum_gradients(model, a_local_run(EVERYTHING), unit, num_metrics=4)
-    pieces = local.sum_gradients(model, a_local_run(EVERYTHING, physical_batch_size=3), unit, num_metrics=4)
+    whole = sum_gradients(model, a_local_run(EVERYTHING), unit, num_metrics=4)
+    pieces = sum_gradients(model, a_local_run(EVERYTHING, physical_batch_size=3), unit, num_metrics=4)
     assert np.abs(whole - pieces).max() <= len(LENGTHS) * 2
 
 
 def test_an_empty_batch_gives_zeros_before_the_noise() -> None:
     model = a_model()
     nothing = replace(PLAN, sampling_rate=1e-12)
-    assert not local.sum_gradients(model, a_local_run(nothing), a_unit(model), num_metrics=4).any()
+    assert not sum_gradients(model, a_local_run(nothing), a_unit(model), num_metrics=4).any()
 
 
 def test_an_empty_batch_is_a_private_step_of_noise_alone() -> None:
     model = a_model()
     unit = a_unit(model, noise="local", num_metrics=0)
     nothing = replace(PLAN, sampling_rate=1e-12)
-    training = local.train_adapter(model, a_local_run(nothing), unit)
+    training = train_adapter(model, a_local_run(nothing), unit)
     expected_std = unit.noise_variance**0.5 / unit.scale * PLAN.learning_rate / PLAN.expected_batch_size
     assert np.std(training.delta) == pytest.approx(expected_std, rel=0.25)
 
@@ -120,7 +128,7 @@ def test_a_private_step_divides_by_the_expected_batch_not_by_what_was_drawn() ->
         model = a_model()
         unit = a_unit(model, noise="local", num_metrics=0)
         plan = replace(EVERYTHING, expected_batch_size=expected)
-        deltas.append(local.train_adapter(model, a_local_run(plan), unit).delta)
+        deltas.append(train_adapter(model, a_local_run(plan), unit).delta)
     assert deltas[0] == pytest.approx(2 * deltas[1], rel=1e-3, abs=1e-7)
 
 
@@ -128,15 +136,15 @@ def test_noise_is_drawn_anew_in_every_local_step() -> None:
     model = a_model()
     unit = a_unit(model, noise="local", num_metrics=0)
     nothing = replace(PLAN, sampling_rate=1e-12)
-    one = local.train_adapter(a_model(), a_local_run(nothing), unit).delta
-    four = local.train_adapter(a_model(), a_local_run(replace(nothing, num_steps=4)), unit).delta
+    one = train_adapter(a_model(), a_local_run(nothing), unit).delta
+    four = train_adapter(a_model(), a_local_run(replace(nothing, num_steps=4)), unit).delta
     assert np.std(four) == pytest.approx(2 * np.std(one), rel=0.3)  # not 4: the four draws are independent
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_steps_without_privacy_are_plain_torch_steps_on_the_mean_gradient(optimizer: str) -> None:
     plan = replace(EVERYTHING, num_steps=3, optimizer=optimizer)  # type: ignore[arg-type]
-    training = local.train_adapter(a_model(), a_local_run(plan, physical_batch_size=3), None)
+    training = train_adapter(a_model(), a_local_run(plan, physical_batch_size=3), None)
     model = a_model()
     start = model.flat()
     stock = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](model.parameters(), lr=0.1)

@@ -177,7 +177,7 @@ def test_recording_leaves_grad_alone_and_stops_when_it_is_over():
     lora_model.example_gradients(tiny_llama.examples((5,)))
 
     assert all(parameter.grad is None for parameter in lora_model.parameters())
-    assert lora_model._recorder.flat is None
+    assert lora_model._recorder.recording is None
 
 
 def test_only_layers_from_the_lowest_adapted_one_take_part_in_backward():

@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmini.model import loss
+from fedmini.config import BaseSection
+from fedmini.model import loading, loss
+from fedmini.model.packed_layers import PackedHead
 
 
 @settings(max_examples=25, deadline=None)
@@ -23,6 +25,28 @@ def test_losses_and_gradients_are_those_of_plain_cross_entropy_however_it_is_chu
     (expected * weights).sum().backward()
 
     torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("piece_words", [3, 64, 4096])
+def test_a_packed_head_in_pieces_gives_what_the_dense_one_gives(tmp_path, monkeypatch, piece_words):
+    path = tiny_llama.write_gguf(tmp_path / "tiny.gguf")
+    source = BaseSection(path=path, compute_dtype="float32")
+    head = loading.load_base(source, tmp_path / "cache", lambda note: None).module.lm_head
+    assert isinstance(head, PackedHead)
+    dense = torch.nn.Linear(*reversed(head.packed.shape), bias=False).requires_grad_(False)
+    dense.weight.copy_(head.packed.dense(torch.float32))
+    targets = torch.arange(20) * 3 % head.packed.shape[0]
+    hidden = torch.randn(20, head.packed.shape[1], generator=torch.Generator().manual_seed(1)) * 4
+    ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    monkeypatch.setattr(loss, "PIECE_WORDS", piece_words)
+
+    got = loss.target_losses(ours, targets, head, chunk_tokens=7)
+    expected = torch.nn.functional.cross_entropy(dense(plain), targets, reduction="none")
+    got.sum().backward()
+    expected.sum().backward()
+
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.grad, plain.grad)
 
 

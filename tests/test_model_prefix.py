@@ -92,7 +92,7 @@ def test_a_prefix_taken_from_the_batch_would_make_rows_depend_on_each_other(monk
         batch = loss.batch_of(examples, torch.device("cpu"))
         return [(list(range(len(examples))), prefix.shared_length(batch))]
 
-    monkeypatch.setattr(LoraModel, "_by_prefix", shared_in_batch)
+    monkeypatch.setattr(LoraModel, "by_prefix", shared_in_batch)
     model = a_model(True)
     mine, other = EXAMPLES[1], with_beginning(tiny_llama.examples((9,), seed=5))[0]
     same = model.example_gradients([mine, mine]).gradients[-1]

@@ -28,7 +28,8 @@ def both(
     folder: Path, privacy: str, changes: dict[str, Any] | None = None
 ) -> tuple[SimulationResult, SimulationResult]:
     """The same run with the direct sum in `direct`, and with secure aggregation in `secure`."""
-    config = tiny_run.config(folder, privacy, changes)
+    one_by_one = (changes or {}) | {"simulation": {"devices_per_batch": 1}}  # as secure devices contribute
+    config = tiny_run.config(folder, privacy, one_by_one)
     secure = tiny_run.config(folder, privacy, (changes or {}) | {"simulation": {"secure": True}})
     return run(folder, config, "direct"), run(folder, secure, "secure")
 
@@ -75,7 +76,8 @@ def test_devices_of_a_lost_attempt_are_left_alone_as_long_as_they_would_refuse(t
               "spare_attempts": 9, "dropout_rate": 0.3}  # fmt: skip
     found = []
     for secure in (False, True):
-        config = tiny_run.config(tmp_path, "example-shared", {"rounds": rounds, "simulation": {"secure": secure}})
+        simulated = {"secure": secure, "devices_per_batch": 1}
+        config = tiny_run.config(tmp_path, "example-shared", {"rounds": rounds, "simulation": simulated})
         options = SimulationOptions(cache_dir=tmp_path / "cache")
         rows = tiny_run.rows(num_people=14)
         simulation.simulate(config, data=rows, output=tmp_path / str(secure), options=options)

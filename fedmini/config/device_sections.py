@@ -82,6 +82,11 @@ class TrainingSection(Section):
     max_examples: Count = 1000  # in a run's frozen training set
     num_threads: Annotated[int, Field(ge=0)] = 1  # 0: one for each core this process may use
     physical_batch_size: Count = 4  # examples in memory at once
+    checkpointing: bool = False  # less memory, a third more time; not where a run detaches the template's beginning
+    # Settings of the whole process's allocator, so that it holds less. None: in `fedmini device serve`, never in an app.
+    small_heap: bool | None = None
+    # Of what layers below the adapted ones say of the run's examples, encrypted in the device's folder; 0: none is kept.
+    max_hidden_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
 
 
 class ConsentSection(Section):

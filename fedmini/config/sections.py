@@ -172,8 +172,24 @@ class EvaluationSection(Section):
 
 
 class SimulationSection(Section):
-    num_threads: Annotated[int, Field(ge=0)] = 0  # 0: one for each core this process may use
-    secure: bool = False  # form every sum by secure aggregation, all of it in this process: same bits, more time
+    num_threads: Annotated[int, Field(ge=0)] = 0  # of each process; 0: one for each core, where there are workers one
+    secure: bool = False  # form every sum by secure aggregation, all of it in this process: the bits of devices_per_batch = 1
+    workers: Annotated[int, Field(ge=0)] = 0  # processes that train; 0: one for each core, or this one for a short run
+    # How many compute in one forward and backward: their gradients differ from those of one device after the other by
+    # float rounding. 1: one after the other, as under `secure` and in a deployment, and to the same bits. 0: as fits.
+    devices_per_batch: Annotated[int, Field(ge=0)] = 0
+    # Of what layers below the adapted ones say of examples, in the memory of each process; 0: computed anew each time.
+    # It pays where examples are drawn several times in a run; gradients differ by float rounding.
+    max_hidden_bytes: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_by_one_where_secure(self) -> Self:
+        if self.secure and (self.workers > 1 or self.devices_per_batch > 1):
+            raise ValueError(
+                "with secure = true devices contribute one after the other, in this process: workers and "
+                f"devices_per_batch must be 1 there, or left out; got {self.workers} and {self.devices_per_batch}"
+            )
+        return self
 
 
 class RunConfig(Section):

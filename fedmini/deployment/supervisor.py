@@ -22,6 +22,7 @@ from typing import TextIO
 
 from fedmini import events, files, server_folder
 from fedmini.deployment import run_files
+from fedmini.ending import Ending
 from fedmini.errors import StateError
 from fedmini.events import Emit, Format
 from fedmini.flower import gate
@@ -66,11 +67,15 @@ class Supervisor:
         self._commands = commands or Commands()
         self._emit: Emit = events.to_stream(stream, log_format, "server")
         self._printing = threading.Lock()
-        self._stopping = threading.Event()
+        self._stopping = Ending()
 
-    def stop(self, *_: object) -> None:
-        """Ask it to stop; a signal handler too."""
-        self._stopping.set()
+    def stop(self) -> None:
+        """Ask it to stop."""
+        self._stopping.ask()
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and Ctrl-C ask it to stop, from now on; a second one ends this process, and with it the others."""
+        self._stopping.listen(signal.SIGTERM, signal.SIGINT)
 
     def run(self, run_name: str, *, insecure: bool = False) -> int:
         """Serve a run to its end: 0 where it came, or where it was asked to stop; 2 where somebody has to act first.
@@ -127,7 +132,7 @@ class Supervisor:
             ports = json.loads(self._first_line(child, said))
         except ValueError as error:
             self._end([child])
-            if self._stopping.is_set():
+            if self._stopping.is_asked():
                 return None
             raise StateError("the gate did not start: its log above says why; mend that, then start again") from error
         config = replace(config, port=ports["port"], local_port=ports["local_port"])
@@ -138,7 +143,7 @@ class Supervisor:
     def _first_line(self, child: _Child, said: queue.Queue[str]) -> str:
         """What a process says first; empty where it ends before, takes too long, or we are to stop."""
         until = time.monotonic() + READY_SECONDS
-        while not self._stopping.is_set() and time.monotonic() < until:
+        while not self._stopping.is_asked() and time.monotonic() < until:
             has_ended = child.process is None or child.process.poll() is not None  # before we look at what it said
             try:
                 return said.get(timeout=LOOK_SECONDS)
@@ -278,6 +283,5 @@ def start(
     """`fedmini server start`: serve a run in the foreground; the exit code."""
     folder = server_folder.opened(path)
     supervisor = Supervisor(folder, sys.stderr, log_format or folder.config.server.log_format, commands)
-    signal.signal(signal.SIGTERM, supervisor.stop)
-    signal.signal(signal.SIGINT, supervisor.stop)
+    supervisor.stop_on_signals()
     return supervisor.run(run_name, insecure=insecure)

@@ -3,6 +3,7 @@
 DIR/examples/        the examples, encrypted            DIR/device.toml      the owner's limits, where there is one
 DIR/receipts.jsonl   what left this device              DIR/adapters/        the newest adapter
 DIR/offers/          runs that wait for consent         DIR/usage.json       minutes trained today
+DIR/hidden/          what frozen layers say of the run's examples, encrypted
 and the files of `fedmini.enrolment`: its keys, whom it believes, what it agreed to, its ledger.
 """
 

@@ -16,6 +16,7 @@ from fedmini.config import ConditionsSection, DeviceConfig
 from fedmini.device import kept_adapter, loaded_base, participation, settings
 from fedmini.device.diary import About, Diary
 from fedmini.device.examples import Examples
+from fedmini.device.hidden_cache import HiddenCache
 from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase
 from fedmini.device.membership import Membership
@@ -26,6 +27,7 @@ from fedmini.device.worker import Worker, WorkerParts
 from fedmini.enrolment import records
 from fedmini.errors import ConfigError, FedMiniError, StateError
 from fedmini.events import Emit, nowhere
+from fedmini.model import runtime
 from fedmini.randomness import FROM_OS, Randomness
 from fedmini.store import StoredExample, os_keyring
 from fedmini.store.key_places import FindKeyring
@@ -76,8 +78,12 @@ class Device:
             self._usage = DailyUsage(self.folder / USAGE, local_time)
             self._conditions = conditions if conditions is not None else LinuxConditions()
             self._config, self._randomness = config, randomness
+            if config.training.small_heap:
+                runtime.keep_heap_small()
             self._examples = Examples(self.folder / "examples", config.store, find_keyring)
             held.callback(self._examples.close)
+            max_hidden_bytes = config.training.max_hidden_bytes
+            self._hidden = HiddenCache(self.folder / "hidden", max_hidden_bytes, self._examples.sealer)
             self._base = LoadedBase(
                 config.base, config.training, lambda note: self._diary.tell("device.note", note=note)
             )
@@ -135,7 +141,8 @@ class Device:
                     "as server under [device]"
                 )
             self._server.tls()  # a certificate that can't be read is said now
-            means = Means(self._base, self._randomness, Interruption(self._config.training), self._usage)
+            interruption = Interruption(self._config.training)
+            means = Means(self._base, self._randomness, interruption, self._usage, self._hidden)
             limits = self._config.conditions
             during = limits.model_copy(update={"max_contributions_per_day": None})  # the last one is brought to its end
             self._worker = Worker(
@@ -219,6 +226,7 @@ class Device:
         self._membership.withdraw(manifest_hash)
         if (worker := self._worker) is not None:
             worker.leave("its owner has left the run")
+        self._hidden.erase()
 
     def reply(self, prompt: str | Sequence[Mapping[str, str]], max_new_tokens: int = 128) -> str:
         """The model's reply to a prompt, or to a conversation of {"role", "content"}, with the newest adapter; all here."""
@@ -244,7 +252,8 @@ class Device:
         StateError where something could not be.
         """
         forget_adapters = partial(kept_adapter.forget, self.folder)
-        self._while_stopped([self._membership.forget, self._examples.erase, forget_adapters, self._base.forget])
+        erasures = (self._examples.erase, self._hidden.erase, forget_adapters)
+        self._while_stopped((self._membership.forget, *erasures, self._base.forget))
         self._diary.went_well(About.ROUND)
 
     def _while_stopped(self, steps: Sequence[Callable[[], None]]) -> None:

@@ -11,6 +11,7 @@ from fedmini.config import StoreSection
 from fedmini.errors import ConfigError, StateError
 from fedmini.store import ExampleStore, StoredExample
 from fedmini.store.key_places import FindKeyring
+from fedmini.store.sealing import Sealer
 
 CHUNK_BYTES = 2**20
 
@@ -48,6 +49,10 @@ class Examples:
     def thaw(self, run_id: str) -> None:
         """As the store does."""
         self._opened().thaw(run_id)
+
+    def sealer(self) -> Sealer:
+        """As the store does."""
+        return self._opened().sealer()
 
     def standing(self) -> tuple[int, str]:
         """How many there are, and where their key is; of a store that can't be opened, none, and why."""

@@ -1,15 +1,22 @@
-"""The base model in memory, once for as long as the device runs: for training, and for talking."""
+"""The base model in memory, once for as long as the device runs: for training, and for talking.
+
+Until it is first needed, neither the model nor the libraries that compute with it take memory, or time to import.
+"""
 
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from fedmini.config import BaseSection, TrainingSection
-from fedmini.data import Encoder
 from fedmini.errors import ConfigError, FedMiniError, StateError
-from fedmini.model import generation, loading, runtime
-from fedmini.model.lora import LoraModel
+from fedmini.model import runtime
 from fedmini.types import Adapter, Manifest
+
+if TYPE_CHECKING:
+    from fedmini.data import Encoder
+    from fedmini.model import loading
+    from fedmini.model.lora import LoraModel
 
 TOP_P = 0.9
 
@@ -28,14 +35,19 @@ class LoadedBase:
         self._loading = threading.Lock()
         self._talking = threading.Lock()  # for one piece of a reply at a time: nobody is waited for who stops listening
 
-    def model(self, manifest: Manifest) -> LoraModel:
+    def model(self, manifest: Manifest) -> "LoraModel":
         """A model of a run's shape on the base. Raises ConfigError where there is no such base here."""
+        from fedmini.model.lora import LoraModel
+
         base = self._loaded()
         detached = self.encoder(manifest.local.max_length).prefix if manifest.local.detach_prefix else ()
-        return LoraModel(base, manifest.lora, detached_prefix=detached)
+        checkpointing = self._training.checkpointing and not detached
+        return LoraModel(base, manifest.lora, checkpointing=checkpointing, detached_prefix=detached)
 
-    def encoder(self, max_length: int) -> Encoder:
+    def encoder(self, max_length: int) -> "Encoder":
         """What turns this device's examples into tokens: by the base's chat template, where it has one."""
+        from fedmini.data import Encoder
+
         tokenizer = self._loaded().tokenizer
         return Encoder(tokenizer, "chat" if tokenizer.chat_template else "text", max_length)
 
@@ -83,10 +95,12 @@ class LoadedBase:
             self._talker = _Talker(self._loaded(), manifest)
         return self._talker
 
-    def _loaded(self) -> loading.Base:
+    def _loaded(self) -> "loading.Base":
         with self._loading:
             if self._base is None:
-                runtime.limit_threads(self._training.num_threads)
+                runtime.limit_threads(self._training.num_threads)  # before anything else loads torch
+                from fedmini.model import loading
+
                 self._base = loading.load_base(self._source, runtime.default_cache_dir(), self._note)
             return self._base
 
@@ -107,7 +121,9 @@ def conversation(prompt: object, max_new_tokens: object) -> Messages:
 class _Talker:
     """What speaks: the base alone, or with LoRA. The modules are its own, as a reply changes them; the weights are shared."""
 
-    def __init__(self, base: loading.Base, manifest: Manifest | None) -> None:
+    def __init__(self, base: "loading.Base", manifest: Manifest | None) -> None:
+        from fedmini.model.lora import LoraModel
+
         self.name = manifest.hash if manifest is not None else None
         self._base = base
         self._adapter: Adapter | None = None
@@ -122,6 +138,8 @@ class _Talker:
             self._adapter = adapter
 
     def reply(self, messages: Messages, most: int) -> Iterator[str]:
+        from fedmini.model import generation
+
         sampling = generation.Sampling(most, temperature=0.7, top_p=TOP_P, hold_dense=True)
         if self._model is not None:
             return self._model.reply(messages, sampling)

@@ -5,23 +5,29 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fedmini import vectors
 from fedmini.conditions import DailyUsage
-from fedmini.contributor import Contributor
 from fedmini.device import room
+from fedmini.device.hidden_cache import HiddenCache
 from fedmini.device.interruption import Interruption
 from fedmini.device.loaded_base import LoadedBase
 from fedmini.device.receipts import DeviceReceipt, Receipts
 from fedmini.enrolment import Enrolment
 from fedmini.errors import ProtocolError
 from fedmini.member import Member
+from fedmini.model import runtime
 from fedmini.privacy import accounting
 from fedmini.randomness import Randomness
 from fedmini.secagg import wire
 from fedmini.types import Contribution, EncodedExample, Manifest, TrainTask
 
+if TYPE_CHECKING:
+    from fedmini.contributor import Contributor
+
 RECEIPTS = "receipts.jsonl"
+DRAWS_THAT_PAY = 2.0  # of one example over a run: an example that is drawn once is kept for nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class Means:
     randomness: Randomness
     interruption: Interruption
     usage: DailyUsage
+    hidden: HiddenCache
 
 
 class Participation:
@@ -53,6 +60,7 @@ class Participation:
         self._receipts = Receipts(enrolment.folder / RECEIPTS)
         self._given: tuple[Manifest, TrainTask] | None = None  # what the newest answer contributed to
         self._model = means.base.model(manifest)
+        self._frozen = self._model.keep_states(means.hidden) if _pays_to_keep(manifest, means.hidden) else None
         self._model.interrupt_by(means.interruption.check)
         self._contributor = self._made_contributor(manifest, ())  # tells at once whether the base is the run's
         self._parts = {one is not manifest: one for one in manifest.parts}  # by whether it is the evaluations
@@ -73,10 +81,14 @@ class Participation:
         if wire.is_invitation(request):  # what would stop its training later stops it before it costs the run anything
             self.means.interruption.begin()
             self.means.interruption.check()
-            self._contributor = self._made_contributor(manifest, self._read_examples())
+            examples = self._read_examples()
+            if self._frozen is not None:
+                self._frozen.keep_only(examples)
+            self._contributor = self._made_contributor(manifest, examples)
             self.close()  # one round at a time, of either kind
             room.take(self.enrolment.folder)
         answer = self._members[is_evaluation].answer(request)
+        runtime.give_back_memory()  # of the accountant and of the training: tens of MB, which would grow with the rounds
         if self._given is not None:
             self.means.usage.contributed()
             self._receipts.append(self._receipt(*self._given, answer))
@@ -108,7 +120,9 @@ class Participation:
             is_seeded=self.means.randomness.is_seeded,
         )
 
-    def _made_contributor(self, manifest: Manifest, examples: tuple[EncodedExample, ...]) -> Contributor:
+    def _made_contributor(self, manifest: Manifest, examples: tuple[EncodedExample, ...]) -> "Contributor":
+        from fedmini.contributor import Contributor  # with it come the libraries that train
+
         return Contributor(
             self.enrolment.identity.certificate.device_id,
             examples,
@@ -152,6 +166,12 @@ def spent(enrolment: Enrolment) -> tuple[int, Mapping[str, float]]:
         units = sorted({event.unit for one in receipts for event in one.events})
         delta = enrolment.lifetime.lifetime_delta
         return len(receipts), {unit: float(accounting.rounded_up(ledger.epsilon(unit, delta))) for unit in units}
+
+
+def _pays_to_keep(manifest: Manifest, hidden: HiddenCache) -> bool:
+    """Whether what frozen layers say of an example will be asked for again, as often as a run's own numbers expect it."""
+    expected = manifest.local.sampling_rate * manifest.local.num_steps * manifest.release.max_releases
+    return hidden.max_bytes > 0 and expected >= DRAWS_THAT_PAY
 
 
 def max_examples(manifest: Manifest, limit: int) -> int:

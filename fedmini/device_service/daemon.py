@@ -1,6 +1,5 @@
 """A device without an app around it: it takes part in the background, and answers other programs where it is asked to."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from fedmini.device import settings as device_settings
 from fedmini.device_service import places, quiet, service_token
 from fedmini.device_service.places import Loopback, Place
 from fedmini.device_service.service import MAX_CALLS, MAX_MESSAGE_BYTES, DeviceService
+from fedmini.ending import Ending
 from fedmini.enrolment import records
 from fedmini.errors import ConfigError
 from fedmini.events import Emit
+from fedmini.model import runtime
 from fedmini.phrases import quoted
 
 TOKEN = "service.token"
@@ -40,7 +41,7 @@ class DaemonSettings:
     token_file: Path | None = None  # None: service.token in the folder
 
 
-def run(settings: DaemonSettings, emit: Emit, ended: threading.Event) -> None:
+def run(settings: DaemonSettings, emit: Emit, ended: Ending) -> None:
     """Take part, and answer, until `ended`. Raises ConfigError or StateError where it can't begin.
 
     Without a server it only answers, where it has a place to do so.
@@ -48,6 +49,8 @@ def run(settings: DaemonSettings, emit: Emit, ended: threading.Event) -> None:
     folder = settings.folder.expanduser()
     config = device_config(folder)
     quiet.leave_no_dumps(emit)
+    if config.training.small_heap is None:  # nobody else's process
+        runtime.keep_heap_small()
     with ExitStack() as stack:
         device = stack.enter_context(Device(folder, settings.server, settings.server_key, config=config, emit=emit))
         if settings.place is not None:

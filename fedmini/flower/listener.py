@@ -60,6 +60,8 @@ class TimedConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.loop.is_closed():  # the process ends, and lets go of a request that nobody had answered
+            return
         if self.transport.is_closing() and self.conn.their_state is h11.SEND_BODY:
             self.loop.call_later(LAST_LOOK_S, self.transport.abort)  # refused, and perhaps still sending
         elif self.conn.their_state is h11.IDLE:

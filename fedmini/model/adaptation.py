@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedmini.errors import ConfigError
+from fedmini.model import packed_layers
 from fedmini.model.gradients import RecordingLinear
 from fedmini.types import LoraShape
 
@@ -27,7 +28,7 @@ def adapt(module: PreTrainedModel, shape: LoraShape) -> PeftModel:
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     config = lora_config(shape)
     config._register_custom_module({nn.Linear: RecordingLinear})
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), packed_layers.only_described(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(copy.deepcopy(module, shared), config, adapter_name=_ADAPTER)
     for layer in lora_layers(adapted):

@@ -5,23 +5,78 @@ writes it where it is wanted, and the gradient of the batch is never formed. Opa
 with `grad_sample_mode="no_op"`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear
 
+from fedmini.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Whose example is whose, where each device computes with an adapter of its own."""
+
+    adapters: torch.Tensor  # (num_devices, num_parameters), float32
+    owners: torch.Tensor  # (num_examples,), int64: the device of each example, in order
+    # How many examples each device has, where it is as many for all: one matrix product for a device, not for an example.
+    num_each: int | None
+
+    def part(self, place: int, weight: torch.Tensor) -> torch.Tensor:
+        """The devices' values of a tensor whose coordinates begin at `place`: one for each group of `split`."""
+        values = self.adapters[:, place : place + weight.numel()]
+        if self.num_each is None:
+            values = values[self.owners]
+        return values.view(len(values), *weight.shape)
+
+    def split(self, values: torch.Tensor) -> torch.Tensor:
+        """Examples, or the examples of a device behind each other: (n, t, size) -> (groups, tokens of a group, size)."""
+        return values if self.num_each is None else values.reshape(len(self.adapters), -1, values.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Where one backward adds its gradients. A row is an example's; where `sums` is true, a device's."""
+
+    flat: torch.Tensor  # (num_rows, num_parameters), float32
+    devices: Devices | None = None  # None: every example is computed with the model's own adapter
+    sums: bool = False
+
+    def add(self, place: int, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
+        """Add left^T right of each row, times the factor: (n, t, rows), (n, t, columns) -> (rows, columns) each."""
+        rows = self.flat[:, place : place + weight.numel()].view(len(self.flat), *weight.shape)
+        if not self.sums:
+            rows.baddbmm_(left.transpose(1, 2), right, alpha=factor)
+            return
+        assert self.devices is not None, "only devices have sums"
+        left, right = self.devices.split(left), self.devices.split(right)
+        if self.devices.num_each is None:
+            rows.index_add_(0, self.devices.owners, left.transpose(1, 2) @ right, alpha=factor)
+        else:
+            rows.baddbmm_(left.transpose(1, 2), right, alpha=factor)
+
 
 @dataclass(slots=True)
 class GradientRecorder:
-    """Shared by the LoRA layers of one model: while `flat` is set, their backward adds to its rows.
+    """Shared by the LoRA layers of one model: while there is a recording, their backward adds to its rows.
 
     `check` is called by every layer, forward and backward: what it raises ends the step at once.
     """
 
-    flat: torch.Tensor | None = None  # (num_examples, num_parameters), float32
+    recording: Recording | None = None
     check: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def to(self, recording: Recording) -> Iterator[None]:
+        """Record there until the end of the block."""
+        self.recording = recording
+        try:
+            yield
+        finally:
+            self.recording = None
 
 
 class RecordingLinear(Linear):
@@ -41,7 +96,13 @@ class RecordingLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.recorder.check()
-        if self.recorder.flat is None or not torch.is_grad_enabled():
+        if x.dim() != 3:
+            raise ConfigError(
+                "lora.target_modules: a layer of this base gets the tokens of all examples as one, so that the gradients of "
+                "each can't be told apart; choose among its other linear layers"
+            )
+        recording = self.recorder.recording
+        if recording is None or (recording.devices is None and not torch.is_grad_enabled()):
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
         result: torch.Tensor = _RecordedLora.apply(self.base_layer(x), x, self.a, self.b, self)  # type: ignore[no-untyped-call]
@@ -55,12 +116,10 @@ class RecordingLinear(Linear):
     def b(self) -> torch.nn.Parameter:
         return cast(torch.nn.Parameter, self.lora_B[self.active_adapters[0]].weight)
 
-    def record(self, place: int, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add left^T right of each example, times the scaling: (n, t, rows), (n, t, columns) -> (n, rows, columns)."""
-        flat = self.recorder.flat
-        assert flat is not None, "backward ran after recording had ended"
-        rows = flat[:, place : place + weight.numel()].view(len(flat), *weight.shape)
-        rows.baddbmm_(left.transpose(1, 2), right, alpha=self.scaling[self.active_adapters[0]])
+    @property
+    def factor(self) -> float:
+        """What the product of the two tensors is multiplied with."""
+        return float(self.scaling[self.active_adapters[0]])
 
 
 class _RecordedLora(torch.autograd.Function):
@@ -75,11 +134,15 @@ class _RecordedLora(torch.autograd.Function):
         b: torch.nn.Parameter,  # an argument, so that the lowest adapted layer takes part in backward
         layer: RecordingLinear,
     ) -> torch.Tensor:
-        hidden = x.to(a.dtype) @ a.t()  # (num_examples, length, lora_rank)
+        recording = layer.recorder.recording
+        assert recording is not None
+        hidden = _times(
+            x.to(a.dtype), a, layer.place_of_a, recording.devices, transposed=True
+        )  # (n, length, lora_rank)
         # Checkpointing hands back other tensor objects: only what this call computed or was given goes through it.
         ctx.save_for_backward(x if layer.place_of_a is not None else None, hidden)
         ctx.layer = layer
-        update = hidden @ (b.t() * layer.scaling[layer.active_adapters[0]])
+        update = _times(hidden, b, layer.place_of_b, recording.devices, transposed=True, factor=layer.factor)
         result: torch.Tensor = (base + update).to(base.dtype)
         return result
 
@@ -87,17 +150,38 @@ class _RecordedLora(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer: RecordingLinear = ctx.layer
         layer.recorder.check()
+        recording = layer.recorder.recording
+        assert recording is not None, "backward ran after recording had ended"
         x, hidden = ctx.saved_tensors
         a, b = layer.a, layer.b
         gradient = gradients[0].to(b.dtype)  # (num_examples, length, num_outputs)
         if layer.place_of_b is not None:
-            layer.record(layer.place_of_b, b, gradient, hidden)
+            recording.add(layer.place_of_b, b, gradient, hidden, layer.factor)
         to_x = None
         if layer.place_of_a is not None or ctx.needs_input_grad[1]:
-            to_hidden = gradient @ b
+            to_hidden = _times(gradient, b, layer.place_of_b, recording.devices)
             if layer.place_of_a is not None:
-                layer.record(layer.place_of_a, a, to_hidden, x.to(a.dtype))
+                recording.add(layer.place_of_a, a, to_hidden, x.to(a.dtype), layer.factor)
             if ctx.needs_input_grad[1]:
-                scaling = layer.scaling[layer.active_adapters[0]]
-                to_x = (to_hidden @ (a * scaling)).to(gradients[0].dtype)
+                to_x = _times(to_hidden, a, layer.place_of_a, recording.devices, factor=layer.factor)
+                to_x = to_x.to(gradients[0].dtype)
         return gradients[0] if ctx.needs_input_grad[0] else None, to_x, None, None, None
+
+
+def _times(
+    values: torch.Tensor,  # (num_examples, length, size)
+    weight: torch.Tensor,
+    place: int | None,
+    devices: Devices | None,
+    *,
+    transposed: bool = False,
+    factor: float = 1.0,
+) -> torch.Tensor:
+    """values @ weight, times a factor; where devices train this tensor, each example with its own device's."""
+    if devices is None or place is None:
+        weight = weight.t() if transposed else weight
+        return values @ (weight if factor == 1.0 else weight * factor)
+    own = devices.part(place, weight)
+    own = own.transpose(1, 2) if transposed else own
+    product = devices.split(values) @ (own if factor == 1.0 else own * factor)
+    return product.view(*values.shape[:-1], -1)

@@ -1,22 +1,22 @@
 """LoRA on a base: its trainable tensors as an adapter, and what one device computes with them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedmini.errors import ConfigError, ModelMismatchError
 from fedmini.model import adaptation, adapters, digests, frozen_draw, generation, loss, prefix
-from fedmini.model.gradients import GradientRecorder
+from fedmini.model.checkpointing import Checkpointing
+from fedmini.model.frozen_layers import FrozenLayers, KeptStates
+from fedmini.model.gradients import GradientRecorder, Recording
 from fedmini.model.loading import Base
 from fedmini.model.prefix import PrefixReader
 from fedmini.types import Adapter, EncodedExample, LoraShape, Template, Vector
@@ -60,8 +60,9 @@ class LoraModel:
         self.template: Template = tuple((name, tuple(tensor.shape)) for name, tensor in self._trained.items())
         self.num_parameters = sum(tensor.numel() for tensor in self._trained.values())
         self._attach_layers()
-        self._checkpointed = self._prepare_checkpointing() if checkpointing else []
+        self._checkpointing = Checkpointing(self._causal if checkpointing else None)
         self._prefix = PrefixReader(self._causal, self.parameters())
+        self._frozen: FrozenLayers | None = None
         if detached_prefix and checkpointing:
             raise ConfigError("a prefix can't be detached under checkpointing: a recomputed layer would read it twice")
         self._detached = tuple(detached_prefix)
@@ -79,6 +80,10 @@ class LoraModel:
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable tensors, in the template's order."""
         return list(self._trained.values())
+
+    def copies(self) -> list[torch.nn.Parameter]:
+        """The trainable tensors' values in tensors of their own, in the template's order."""
+        return [torch.nn.Parameter(tensor.detach().clone()) for tensor in self._trained.values()]
 
     def adapter(self) -> Adapter:
         """A copy of the trainable tensors."""
@@ -109,6 +114,11 @@ class LoraModel:
         """Call `check` at every LoRA layer from now on: what it raises ends the computation that goes on, within it."""
         self._recorder.check = check
 
+    def keep_states(self, kept: KeptStates) -> FrozenLayers:
+        """Compute what the layers below the lowest adapted one say of an example once, and keep it there, from now on."""
+        self._frozen = FrozenLayers(self._causal, self.base, kept)
+        return self._frozen
+
     def flat(self) -> Vector:
         """The adapter as one vector: the template's order, C order within a tensor."""
         return np.concatenate([_to_numpy(tensor).ravel() for tensor in self._trained.values()])
@@ -136,24 +146,30 @@ class LoraModel:
         if not examples:
             return ExampleGradients(rows, np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
         losses, num_targets = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
-        for members, length in self._by_prefix(examples):
-            batch = loss.batch_of([examples[index] for index in members], self.base.accelerator)
+        for members, length in self.by_prefix(examples):
             own = rows if len(members) == len(examples) else torch.zeros_like(rows[: len(members)])
-            self._recorder.flat = own
-            try:
-                with self._checkpointing():
-                    means = batch.mean_of_each(self._target_losses(batch, length))
-                    means.sum().backward()  # type: ignore[no-untyped-call]
-            finally:
-                self._recorder.flat = None
+            chosen = [examples[index] for index in members]
+            losses[members], num_targets[members] = self.record(chosen, length, Recording(own))
             if own is not rows:
                 rows[members] = own
-            losses[members] = means.detach().double().cpu().numpy()
-            num_targets[members] = batch.num_targets.cpu().numpy()
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return ExampleGradients(rows, losses, num_targets, norms.cpu().numpy())
 
-    def _by_prefix(self, examples: Sequence[EncodedExample]) -> list[tuple[list[int], int]]:
+    def record(
+        self, examples: Sequence[EncodedExample], prefix_length: int, recording: Recording
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """One forward and backward: each example's gradient is added where `recording` says.
+
+        All begin with the first `prefix_length` tokens of the detached prefix, as `by_prefix` has them. Gives the mean
+        loss of each example, nats a token, and how many targets it has.
+        """
+        batch = loss.batch_of(examples, self.base.accelerator)
+        with self._recorder.to(recording), self._checkpointing.on():
+            means = batch.mean_of_each(self._target_losses(batch, prefix_length))
+            means.sum().backward()  # type: ignore[no-untyped-call]
+        return means.detach().double().cpu().numpy(), batch.num_targets.cpu().numpy()
+
+    def by_prefix(self, examples: Sequence[EncodedExample]) -> list[tuple[list[int], int]]:
         """Who begins with the detached prefix, and who doesn't: (indices, length of the prefix), no empty group.
 
         What an example's gradient is must be decided by that example alone: a beginning that a *batch* happens to share
@@ -175,9 +191,9 @@ class LoraModel:
         if not examples:
             return np.zeros(0)
         losses = np.zeros(len(examples))
-        for members, length in self._by_prefix(examples):
+        for members, length in self.by_prefix(examples):
             batch = loss.batch_of([examples[index] for index in members], self.base.accelerator)
-            with self._checkpointing():
+            with self._checkpointing.on():
                 means = batch.mean_of_each(self._target_losses(batch, length))
                 (means.sum() / len(examples)).backward()  # type: ignore[no-untyped-call]
             losses[members] = means.detach().double().cpu().numpy()
@@ -202,7 +218,7 @@ class LoraModel:
         order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for members, length in self._by_prefix([examples[index] for index in chosen]):
+            for members, length in self.by_prefix([examples[index] for index in chosen]):
                 batch = loss.batch_of([examples[chosen[index]] for index in members], self.base.accelerator)
                 means = batch.mean_of_each(self._target_losses(batch, length))
                 losses[[chosen[index] for index in members]] = means.double().cpu().numpy()
@@ -224,10 +240,11 @@ class LoraModel:
 
     def _target_losses(self, batch: loss.TokenBatch, length: int) -> torch.Tensor:
         """The loss of each target, in nats; the first `length` tokens, alike in all examples, carry no gradient."""
-        past = self._prefix.read(batch.tokens[0, :length], len(batch.tokens)) if length else None
-        hidden = self._causal.base_model(
-            input_ids=batch.tokens[:, length:], past_key_values=past, use_cache=False
-        ).last_hidden_state
+        past = self._prefix.read(batch.tokens[0, :length], len(batch.tokens), self._recorder) if length else None
+        with nullcontext() if self._frozen is None else self._frozen.answering(batch, length):
+            hidden = self._causal.base_model(
+                input_ids=batch.tokens[:, length:], past_key_values=past, use_cache=False
+            ).last_hidden_state
         chosen = hidden[batch.rows, batch.columns - length]
         return loss.target_losses(chosen, batch.targets, self._head, self._chunk_tokens)
 
@@ -252,27 +269,6 @@ class LoraModel:
             place += tensor.numel()
         for layer in adaptation.lora_layers(self.peft_model):
             layer.attach(self._recorder, places.get(id(layer.a)), places.get(id(layer.b)))
-
-    def _prepare_checkpointing(self) -> list[GradientCheckpointingLayer]:
-        layers = [layer for layer in self._causal.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers:
-            raise ConfigError(f"local.checkpointing: {type(self._causal).__name__} doesn't support it; say false")
-        for layer in layers:
-            layer.gradient_checkpointing = True
-            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
-        return layers
-
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        # transformers checkpoints a layer that is in training mode; what is inside it stays in eval mode.
-        for layer in self._checkpointed:
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer in self._checkpointed:
-                layer.training = False
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -1,15 +1,19 @@
 """Cross-entropy on the target positions only, over a frozen head, without ever holding all logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedmini.model import native
 from fedmini.model.packed_layers import PackedHead
+from fedmini.model.scratch import scratch
 from fedmini.types import EncodedExample
+
+PIECE_WORDS = 4096  # of the vocabulary, whose weights exist at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,26 @@ def batch_of(examples: Sequence[EncodedExample], accelerator: torch.device) -> T
 def target_losses(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, chunk_tokens: int) -> torch.Tensor:
     """-log p(target) in nats, float32 (num_targets,), from hidden states (num_targets, hidden_size).
 
-    Logits of at most `chunk_tokens` positions exist at once. The softmax is in float32. A packed head is dequantised
-    once a call, in chunks of the vocabulary.
+    Logits of at most `chunk_tokens` positions exist at once. The softmax is in float32. A packed head is dequantised in
+    pieces, for the logits and again for the gradient; it is never there as a whole where there is a compiled kernel.
     """
-    weight = head.packed.dense(hidden.dtype) if isinstance(head, PackedHead) else head.weight.to(hidden.dtype)
-    losses: torch.Tensor = _TargetLosses.apply(hidden, targets, weight, chunk_tokens)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _TargetLosses.apply(hidden, targets, head, chunk_tokens)  # type: ignore[no-untyped-call]
     return losses
+
+
+def _pieces(head: nn.Module, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows of the head and their weights; each valid until the next is asked for."""
+    if not isinstance(head, PackedHead):
+        yield slice(None), cast(torch.Tensor, head.weight).to(dtype)
+        return
+    packed = head.packed
+    num_words, hidden_size = packed.shape
+    # Plain torch dequantises so slowly that once has to do for both passes.
+    num_rows = PIECE_WORDS if native.current() is not None else num_words
+    for start in range(0, num_words, num_rows):
+        rows = slice(start, min(start + num_rows, num_words))
+        place = scratch("head", (rows.stop - start, hidden_size), dtype, packed.values.device)
+        yield rows, packed.part(rows).dense(dtype, place)
 
 
 class _TargetLosses(torch.autograd.Function):
@@ -66,14 +84,14 @@ class _TargetLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, chunk_tokens: int
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, chunk_tokens: int
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             index = targets[chunk].unsqueeze(1)
-            logits = (hidden[chunk] @ weight.t()).float()  # (chunk_tokens, vocabulary)
+            logits = _logits(hidden[chunk], head)
             logits -= logits.amax(dim=1, keepdim=True)
             chosen = logits.gather(1, index)
             total = logits.exp_().sum(dim=1, keepdim=True)
@@ -81,7 +99,7 @@ class _TargetLosses(torch.autograd.Function):
             if to_hidden is not None:
                 probabilities = logits.div_(total)
                 probabilities.scatter_add_(1, index, torch.full_like(chosen, -1.0))
-                to_hidden[chunk] = probabilities.to(hidden.dtype) @ weight
+                to_hidden[chunk] = _times_head(probabilities, head, hidden.dtype)
         ctx.save_for_backward(to_hidden)
         return losses
 
@@ -89,3 +107,22 @@ class _TargetLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (to_hidden,) = ctx.saved_tensors
         return to_hidden * gradients[0].to(to_hidden.dtype).unsqueeze(1), None, None, None
+
+
+def _logits(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """float32, (chunk_tokens, vocabulary); in this thread's scratch memory."""
+    num_words = head.out_features if isinstance(head, PackedHead) else len(cast(torch.Tensor, head.weight))
+    logits = scratch("logits", (len(hidden), num_words), torch.float32, hidden.device)
+    for rows, weight in _pieces(head, hidden.dtype):
+        logits[:, rows] = hidden @ weight.t()
+    return logits
+
+
+def _times_head(values: torch.Tensor, head: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """float32, (chunk_tokens, hidden_size), from (chunk_tokens, vocabulary)."""
+    total: torch.Tensor | None = None
+    for rows, weight in _pieces(head, dtype):
+        part = (values[:, rows].to(dtype) @ weight).float()
+        total = part if total is None else total.add_(part)
+    assert total is not None, "a head without words"
+    return total

@@ -34,6 +34,7 @@ PACKAGED = {
             "num_attention_heads": 9,
             "num_key_value_heads": 3,
             "head_dim": 64,
+            "vocab_size": 49152,
         },
     )
 }

@@ -1,5 +1,8 @@
 """Layers over packed weights: frozen, without parameters, dequantised in forward and again in backward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -8,6 +11,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from fedmini.model.packing import PackedMatrix, PackedRows
+
+_IS_DESCRIBED = ContextVar("_IS_DESCRIBED", default=False)
+
+
+@contextmanager
+def only_described() -> Iterator[None]:
+    """Inside, in this thread, a packed layer's `weight` has shape, type and device, and no numbers: PEFT asks for no more.
+
+    It asks some twenty times for each layer: with numbers, that took seconds and left hundreds of MB in pieces.
+    """
+    before = _IS_DESCRIBED.set(True)
+    try:
+        yield
+    finally:
+        _IS_DESCRIBED.reset(before)
 
 
 class PackedLinear(nn.Linear):
@@ -41,7 +59,9 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """A dense float32 copy, made at each access: for PEFT, which asks for its type and device."""
+        """A dense float32 copy, made at each access; zeros that take no memory inside `only_described`."""
+        if _IS_DESCRIBED.get():
+            return torch.zeros((), device=self.values.device).expand(self.out_features, self.in_features)
         return self.packed.transposed(torch.float32).t().clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -127,9 +127,9 @@ class PackedRows:
         minimums = None if self.minimums is None else self.minimums[chosen]
         return PackedRows(self.quantization, self.values[chosen], self.scales[chosen], minimums)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """All rows, rounded once from float32 to `dtype`, in memory of their own."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
+    def dense(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """All rows, rounded once from float32 to `dtype`; in `out`, of that type, or in memory of their own."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.values.device) if out is None else out
         kernel = native.current() if out.is_cpu and dtype in native.DTYPES else None
         fill = partial(plain.rows, self._blocks) if kernel is None else kernel.rows(self._blocks)
         fill(out)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from fedmini.model.gradients import Devices, GradientRecorder, Recording
 from fedmini.model.loss import TokenBatch
 from fedmini.types import EncodedExample
 
@@ -42,14 +43,17 @@ class PrefixReader:
         self._key: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def read(self, tokens: torch.Tensor, num_examples: int) -> DynamicCache:
-        """A cache of `tokens` (length,), as if each of `num_examples` examples had read them; no gradient goes through."""
+    def read(self, tokens: torch.Tensor, num_examples: int, recorder: GradientRecorder | None = None) -> DynamicCache:
+        """A cache of `tokens` (length,), as if each of `num_examples` examples had read them; no gradient goes through.
+
+        Where the recorder has devices with adapters of their own, each device reads them, for its own examples.
+        """
+        recording = None if recorder is None else recorder.recording
+        if recorder is not None and recording is not None and recording.devices is not None:
+            return self._read_by_each(tokens, recording.devices, recorder)
         key = (tuple(tokens.tolist()), tuple(tensor._version for tensor in self._trained))
         if key != self._key:
-            with torch.no_grad():
-                cache = DynamicCache()
-                self._model.base_model(input_ids=tokens[None], use_cache=True, past_key_values=cache)
-            self._layers = [_read_tensors(layer) for layer in cache.layers]  # (1, heads, length, head size)
+            self._layers = self._read_anew(tokens[None])  # (1, heads, length, head size)
             self._key = key
         fresh = DynamicCache()
         for index, (keys, values) in enumerate(self._layers):
@@ -59,6 +63,26 @@ class PrefixReader:
                 index,
             )
         return fresh
+
+    def _read_by_each(self, tokens: torch.Tensor, devices: Devices, recorder: GradientRecorder) -> DynamicCache:
+        num_devices, outer = len(devices.adapters), recorder.recording
+        each = Devices(devices.adapters, torch.arange(num_devices, device=tokens.device), num_each=1)
+        try:
+            recorder.recording = Recording(devices.adapters, each)  # nothing is recorded without a gradient
+            layers = self._read_anew(tokens.expand(num_devices, -1))
+        finally:
+            recorder.recording = outer
+        fresh = DynamicCache()
+        for index, (keys, values) in enumerate(layers):
+            fresh.update(keys[devices.owners], values[devices.owners], index)
+        return fresh
+
+    @torch.no_grad()
+    def _read_anew(self, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, (rows of tokens, heads, length, head size)."""
+        cache = DynamicCache()
+        self._model.base_model(input_ids=tokens, use_cache=True, past_key_values=cache)
+        return [_read_tensors(layer) for layer in cache.layers]
 
 
 def _read_tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

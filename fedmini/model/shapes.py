@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,42 @@ from fedmini.model import packaged
 from fedmini.types import LoraShape, Template
 
 Shapes = Mapping[str, tuple[int, int]]  # linear layer by transformers' name -> (num_outputs, num_inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """What a packed Llama's memory follows from."""
+
+    hidden_size: int
+    inner_size: int
+    query_size: int  # of all heads
+    key_size: int
+    num_layers: int
+    num_words: int
+    weights_bytes: int  # as they are packed
+
+
+def dimensions(source: BaseSection) -> Dimensions | None:
+    """Of a base that stays packed; None for any other. Raises ConfigError where it can't be found or read."""
+    if source.name is not None:
+        packed, path = packaged.find(source.name)
+        config: Mapping[str, Any] = packed.config
+    elif source.path is not None and source.path.is_file():
+        from fedmini.model.gguf_file import GgufFile
+
+        config, path = GgufFile(source.path).config, source.path
+    else:
+        return None
+    return Dimensions(
+        hidden_size=config["hidden_size"],
+        inner_size=config["intermediate_size"],
+        query_size=config["num_attention_heads"] * config["head_dim"],
+        key_size=config["num_key_value_heads"] * config["head_dim"],
+        num_layers=config["num_hidden_layers"],
+        num_words=config["vocab_size"],
+        weights_bytes=path.stat().st_size,
+    )
+
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from fedmini import rounds, run_history, rundir
+from fedmini import run_history, rundir
 from fedmini.config import RunConfig, load_run_config
-from fedmini.errors import CohortError, ConfigError, PrivacyBudgetError
+from fedmini.errors import ConfigError
+from fedmini.simulation import workers
 from fedmini.simulation.progress import Progress, SimulationResult
 from fedmini.simulation.session import Session
 from fedmini.simulation.setup import Rows, SimulationOptions, same_run, set_up
@@ -44,14 +45,10 @@ def simulate(
         state, history = run_history.starting_point(
             setup.run.manifest, setup.model.initial_adapter, directory, ledger, evaluation_ledger
         )
-        session = Session(setup, directory, ledger, options.on_progress, history, evaluation_ledger)
-        try:
-            session.evaluate_if_due(state)
-            state = rounds.train(state, setup.run, session.sum_cohort, ledger, session.on_round)
-        except (PrivacyBudgetError, CohortError):  # the run is over: what was paid for is written down
-            session.finish(session.last_state(state))
-            raise
-        return session.finish(state)
+        with workers.started(setup) as processes:
+            sum_devices = None if processes is None else processes.sum_devices
+            session = Session(setup, directory, ledger, options.on_progress, history, evaluation_ledger, sum_devices)
+            return session.train(state)
 
 
 def _read(config: RunConfig | Path | str) -> RunConfig:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from fedmini.contributor import contribute_together
 from fedmini.privacy import encoding
 from fedmini.secagg.server_session import Refusal
 from fedmini.secure_sum import SecureSum
@@ -22,7 +23,7 @@ SumDevices: TypeAlias = Callable[[Sequence[DeviceId], TrainTask, Callable[[], No
 class SimulatedCohort:
     """A SumCohort. `on_answer` hears of each contribution: the task, how many there were, and how many are expected.
 
-    `sum_devices` adds up contributions where they aren't aggregated securely; None: one after the other, here.
+    `sum_devices` adds up contributions where they aren't aggregated securely; None: here, in batches of devices.
     """
 
     setup: Setup
@@ -57,15 +58,20 @@ class SimulatedCohort:
         return frozenset(device for device, draw in zip(sorted(chosen), draws, strict=True) if draw < rate)
 
     def _sum_here(self, survivors: Sequence[DeviceId], task: TrainTask, on_answer: Callable[[], None]) -> CohortSum:
-        """One contribution in memory at a time."""
+        """One contribution in memory at a time, beside what the devices of a batch need."""
         manifest = self.setup.run.manifest
         total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
-        for device in survivors:
-            contribution = self.setup.devices[device].contribute(task)
-            total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
-            on_answer()
+        for batch in batches(survivors, self.setup.config.simulation.devices_per_batch):
+            for contribution in contribute_together([self.setup.devices[device] for device in batch], task):
+                total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
+                on_answer()
         return CohortSum(total, len(survivors))
 
     def _note_refusals(self, refusals: Sequence[Refusal]) -> None:
         for refusal in refusals:
             self.note(f"{refusal.device}: an answer at stage {refusal.stage.name} was refused: {refusal.reason}")
+
+
+def batches(devices: Sequence[DeviceId], devices_per_batch: int) -> list[Sequence[DeviceId]]:
+    """Who trains together: decided by the devices and that number alone, wherever each batch is computed."""
+    return [devices[start : start + devices_per_batch] for start in range(0, len(devices), devices_per_batch)]

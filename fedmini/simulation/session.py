@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedmini import checkpoint, pace, run_history, rundir, schedule, statement
+from fedmini import checkpoint, pace, rounds, run_history, rundir, schedule, statement
 from fedmini.checkpoint import Checkpoint
 from fedmini.device_evaluation import DeviceEvaluations
 from fedmini.errors import CohortError, PrivacyBudgetError
@@ -44,9 +44,15 @@ class Session:
             secure = SecureDevices(evaluating, directory.devices, self._note) if is_secure else None
             self._evaluation_cohort = SimulatedCohort(evaluating, secure, self._on_evaluation, self._note)
 
-    def last_state(self, otherwise: ServerState) -> ServerState:
-        """The last committed state."""
-        return self._state or otherwise
+    def train(self, state: ServerState) -> SimulationResult:
+        """Every round that is left, and what came of the run. Raises as rounds.train does, after all was written."""
+        try:
+            self._evaluate_if_due(state)
+            state = rounds.train(state, self._setup.run, self.sum_cohort, self._ledger, self.on_round)
+        except (PrivacyBudgetError, CohortError):  # the run is over: what was paid for is written down
+            self.finish(self._state or state)
+            raise
+        return self.finish(state)
 
     def on_round(self, state: ServerState, report: RoundReport) -> None:
         """Commit a round: the state first, then what a reader may know of it."""
@@ -62,10 +68,10 @@ class Session:
             train_seconds=self._pace.train_seconds + report.seconds,
             num_trained=self._pace.num_trained + pace.num_trained(self._setup.run.manifest, report.num_survivors),
         )
-        self.evaluate_if_due(state)
+        self._evaluate_if_due(state)
         pace.remember(self._setup.cache_dir, self._setup.config, self._pace)
 
-    def evaluate_if_due(self, state: ServerState) -> None:
+    def _evaluate_if_due(self, state: ServerState) -> None:
         """Fill in the loss on people who took no part, before the first round, after every so many, and at the end."""
         if not self._history:
             self._history.append(run_history.metrics_line(run_history.report_of_round_zero(self._setup.run.manifest)))

@@ -5,7 +5,6 @@ import platform
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from fedmini.contributor import Contributor
 from fedmini.errors import ConfigError, StateError
 from fedmini.model import loading, runtime
 from fedmini.model.lora import LoraModel
-from fedmini.privacy.noise import RandomStream, Streams
 from fedmini.rundir import RunDirectory
+from fedmini.simulation import automatic
+from fedmini.simulation import devices as simulated
 from fedmini.simulation.progress import Progress
 from fedmini.types import DeviceId, EncodedExample, Manifest
 
@@ -44,6 +44,7 @@ class Setup:
     model: LoraModel
     devices: Mapping[DeviceId, Contributor]
     evaluators: Mapping[DeviceId, Contributor]  # the same, measuring on what they hold back; empty where none do
+    examples: Mapping[DeviceId, Sequence[EncodedExample]]
     held_out: tuple[EncodedExample, ...]
     evaluated_on: str  # in words
     environment: Mapping[str, Any]
@@ -61,7 +62,7 @@ class Setup:
 
 def same_run(given: RunConfig, stored: RunConfig, directory: RunDirectory) -> RunConfig:
     """The stored configuration, where the given one asks for the same run. What is "auto" there may differ here."""
-    asked = _resolve(given, stored.base.compute_dtype, stored.simulation.num_threads)
+    asked = automatic.resolve(given, stored.base.compute_dtype, automatic.stored_choices(stored.simulation))
     if asked != stored:
         sections = [name for name in RunConfig.model_fields if getattr(asked, name) != getattr(stored, name)]
         raise StateError(
@@ -71,30 +72,13 @@ def same_run(given: RunConfig, stored: RunConfig, directory: RunDirectory) -> Ru
     return stored
 
 
-def _resolve(config: RunConfig, compute_dtype: str, num_threads: int) -> RunConfig:
-    changes: dict[str, Any] = {}
-    if config.base.compute_dtype == "auto":
-        changes["base"] = config.base.model_copy(update={"compute_dtype": compute_dtype})
-    if config.simulation.num_threads == 0:
-        changes["simulation"] = config.simulation.model_copy(update={"num_threads": num_threads})
-    return config.model_copy(update=changes)
-
-
 def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, options: SimulationOptions) -> Setup:
     tell = options.on_progress
     cache_dir = options.cache_dir or runtime.default_cache_dir()
     num_threads = runtime.limit_threads(config.simulation.num_threads)
     tell(Progress("base", "loading the base model"))
-    base = loading.load_base(config.base, cache_dir, lambda note: tell(Progress("base", note)))
-    encoder = data.Encoder(base.tokenizer, config.data.template, config.local.max_length)
-    model = LoraModel(
-        base,
-        planning.lora_shape(config),
-        checkpointing=config.local.checkpointing,
-        loss_chunk_tokens=config.local.loss_chunk_tokens,
-        detached_prefix=encoder.prefix if config.local.detach_prefix else (),
-    )
-    config = _resolve(config, str(base.compute_dtype).removeprefix("torch."), num_threads)
+    model, encoder = simulated.load_model(config, cache_dir, lambda note: tell(Progress("base", note)))
+    base = model.base
     tell(Progress("data", "reading and encoding the examples"))
     population = data.load_population(config.data, rows)
     examples = {device: encoder.encode_all(found) for device, found in population.devices.items()}
@@ -105,10 +89,22 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
             "there is no example to evaluate on: in none of them a target fits local.max_length; "
             "hold out more people, or give another evaluation.source"
         )
-    streams = _streams(config.run.seed)
+    streams = simulated.streams_of(config.run.seed)
     stored = rundir.stored_manifest(directory) if options.resume else None
     run_id = stored["manifest"]["run_id"] if stored else f"{config.run.name}-{secrets.token_hex(4)}"
     manifest = planning.make_manifest(config, run_id, planning.Base(model.fingerprint, model.template), cache_dir)
+    workers = automatic.num_workers(config, manifest, base.size_bytes) if base.accelerator.type == "cpu" else 1
+    if workers > 1 and config.simulation.num_threads == 0:
+        num_threads = runtime.limit_threads(1)
+    config = automatic.resolve(
+        config,
+        str(base.compute_dtype).removeprefix("torch."),
+        {
+            "num_threads": num_threads,
+            "workers": workers,
+            "devices_per_batch": automatic.devices_per_batch(config, manifest),
+        },
+    )
     environment = _environment(base, examples, num_threads)
     if config.run.seed is not None:
         environment["seed"] = config.run.seed
@@ -125,31 +121,14 @@ def set_up(config: RunConfig, rows: Rows | None, directory: RunDirectory, option
             is_replayed=config.run.seed is not None,
         ),
         model=model,
-        devices=_contributors(examples, model, manifest, streams, config),
-        evaluators=_contributors(examples, model, manifest.for_evaluation, streams, config),
+        devices=simulated.contributors(examples, model, manifest, streams, config),
+        evaluators=simulated.contributors(examples, model, manifest.for_evaluation, streams, config),
+        examples=examples,
         held_out=held_out,
         evaluated_on=_evaluated_on(config),
         environment=environment,
         cache_dir=cache_dir,
     )
-
-
-def _contributors(
-    examples: Mapping[DeviceId, Sequence[EncodedExample]],
-    model: LoraModel,
-    manifest: Manifest | None,
-    streams: Streams,
-    config: RunConfig,
-) -> dict[DeviceId, Contributor]:
-    if manifest is None:
-        return {}
-    size = config.local.physical_batch_size
-    return {name: Contributor(name, found, model, manifest, streams, size) for name, found in examples.items()}
-
-
-def _streams(seed: int | None) -> Streams:
-    """A fresh stream from the operating system for every purpose; with a seed, the same one for the same purpose."""
-    return (lambda *purpose: RandomStream.from_os()) if seed is None else partial(RandomStream.seeded, seed)
 
 
 def _evaluated_on(config: RunConfig) -> str:

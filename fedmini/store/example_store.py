@@ -135,6 +135,11 @@ class ExampleStore:
             rows.freeze(connection, run_id, max_examples)
             return self._opened(rows.frozen(connection, run_id))
 
+    def sealer(self) -> Sealer:
+        """What encrypts, under the store's key of now, what is computed from examples: after `erase` nobody can open it."""
+        with self._transaction():
+            return self._current_sealer()
+
     def thaw(self, run_id: str) -> None:
         """Let a run's frozen set go: the run is over or was left. A run that has none is fine."""
         with self._transaction() as connection:

@@ -7,12 +7,12 @@ import gc
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 from fedmini import events
 from fedmini.conditions import Conditions
 from fedmini.device import Device, worker
+from fedmini.ending import Ending
 from fedmini.flower import gate
 from fedmini.randomness import FROM_OS, Randomness
 from tests.deployment import seeded
@@ -29,8 +29,8 @@ def main(settings: dict) -> None:
     gate.end_with(os.getppid())
     worker.LONGEST_WAIT_SECONDS = 2.0  # the servers of these tests come and go
     emit = events.to_stream(sys.stdout, "json", settings["name"])
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    ended = Ending()
+    ended.listen(signal.SIGTERM)
     randomness = Randomness(seeded.streams, is_seeded=True) if settings["seeded"] else FROM_OS
     die_at = settings.get("die_at")
 

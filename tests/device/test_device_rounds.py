@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedmini.device import loaded_base, worker
+from fedmini.device import worker
 from fedmini.errors import CohortError, StateError
 from fedmini.flower import codec, replies
 from fedmini.flower.codec import Envelope
+from fedmini.model import loading
 from fedmini.privacy.device_ledger import DeviceLedger
 from fedmini.secagg.messages import Stage
 from tests.device import world
@@ -306,14 +307,14 @@ def test_a_device_stopped_while_its_base_is_loading_takes_part_once_started(
     base: Path, server, devices, monkeypatch
 ) -> None:
     monkeypatch.setattr(worker, "STOP_SECONDS", 0.2)  # loading is a library's, and holds the thread for longer
-    is_loading, may_load, load = threading.Event(), threading.Event(), loaded_base.loading.load_base
+    is_loading, may_load, load = threading.Event(), threading.Event(), loading.load_base
 
     def load_slowly(*arguments: object) -> object:
         is_loading.set()
         assert may_load.wait(world.WAIT_S)
         return load(*arguments)
 
-    monkeypatch.setattr(loaded_base.loading, "load_base", load_slowly)
+    monkeypatch.setattr(loading, "load_base", load_slowly)
     manifest = a_run(base)
     owned = devices(manifest)
     owned.device.start()

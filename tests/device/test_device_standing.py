@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from fedmini import vectors
-from fedmini.device import Device, kept_adapter, loaded_base
+from fedmini.device import Device, kept_adapter
 from fedmini.errors import ConfigError, StateError, UpdateError
 from fedmini.flower.codec import Envelope
+from fedmini.model import generation, loading
 from tests import kills
 from tests.device import world
 from tests.device.test_device_rounds import begin, begin_long
@@ -23,8 +24,8 @@ MARKER = "planted marker cafe"
 
 def test_the_model_is_loaded_once_for_messages_rounds_and_replies(base: Path, server, devices, monkeypatch) -> None:
     loaded: list[object] = []
-    load = loaded_base.loading.load_base
-    monkeypatch.setattr(loaded_base.loading, "load_base", lambda *of: loaded.append(1) or load(*of))
+    load = loading.load_base
+    monkeypatch.setattr(loading, "load_base", lambda *of: loaded.append(1) or load(*of))
     manifest = a_run(base)
     owned = devices(manifest)
     work = begin(server, owned, manifest)
@@ -79,8 +80,8 @@ def spoken_by(device: Device) -> str:
 
 @pytest.fixture
 def greedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = loaded_base.generation.Sampling
-    monkeypatch.setattr(loaded_base.generation, "Sampling", lambda most, **options: sampling(most))
+    sampling = generation.Sampling
+    monkeypatch.setattr(generation, "Sampling", lambda most, **options: sampling(most))
 
 
 def test_it_replies_by_the_base_then_by_the_newest_adapter_then_by_the_base_again(

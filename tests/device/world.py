@@ -42,9 +42,9 @@ def operator() -> Ed25519PrivateKey:
 
 
 @cache
-def tiny_base(folder: Path) -> tuple[planning.Base, configuration.BaseSection]:
-    """The tiny Llama as a file, and what a manifest says of it."""
-    config = tiny_run.config(folder)
+def tiny_base(folder: Path, layers: tuple[int, ...] | None = None) -> tuple[planning.Base, configuration.BaseSection]:
+    """The tiny Llama as a file, and what a manifest says of it; all of its layers are adapted where none are named."""
+    config = tiny_run.config(folder, changes={} if layers is None else {"lora": {"layers": layers}})
     model = LoraModel(loading.load_base(config.base, folder / "cache", lambda note: None), planning.lora_shape(config))
     return planning.Base(model.fingerprint, model.template), config.base
 
@@ -52,14 +52,15 @@ def tiny_base(folder: Path) -> tuple[planning.Base, configuration.BaseSection]:
 @cache
 def a_run(folder: Path, name: str = "run-1", **changes: Any) -> Manifest:
     """A run of four devices, one of whom may be missing, each giving up to three times. `changes` are of its local section."""
-    base, section = tiny_base(folder)
+    layers = changes.pop("lora_layers", None)
+    base, section = tiny_base(folder) if layers is None else tiny_base(folder, layers)  # the same call: it is cached
     rounds = {"num_rounds": 9, "cohort_size": 4, "min_survivors": 3, "max_participations": changes.pop("most", 3)}
     rounds["min_separation"] = changes.pop("min_separation", 1)
     parsed = configuration.parse_run_config(
         {
             "run": {"name": name},
             "base": {"path": str(section.path), "compute_dtype": "float32"},
-            "lora": {"lora_rank": 2, "lora_alpha": 4.0, "target_modules": ["v_proj", "o_proj"]},
+            "lora": {"lora_rank": 2, "lora_alpha": 4.0, "target_modules": ["v_proj", "o_proj"], "layers": layers},
             "data": {"source": "in memory", "min_examples": 1, "max_examples_per_device": 12, "held_out_devices": 1},
             "local": {"sampling_rate": 0.5, "max_length": 64, "learning_rate": 0.5, **changes},
             "rounds": rounds,

@@ -13,7 +13,9 @@ def write(folder: Path, privacy: str = "example-shared", changes: Mapping[str, A
     """The file of a seeded run of six devices, five in a round."""
     people = folder / "people.jsonl"
     people.write_text("".join(json.dumps(row) + "\n" for row in tiny_run.rows()))
-    config = tiny_run.config(folder, privacy, {"data": {"source": str(people)}, **(changes or {})})
+    # One device after the other, as Flower hands them out: a simulation has the same bits then.
+    ours = {"data": {"source": str(people)}, "simulation": {"devices_per_batch": 1}}
+    config = tiny_run.config(folder, privacy, {**ours, **(changes or {})})
     path = folder / "run.toml"
     path.write_text(configuration.dump_run_config(config))
     return path

@@ -1,0 +1,108 @@
+"""How much memory a device's process will hold at most, before there is one: from the shapes of a packed base and a plan.
+
+Counted are the tensors that one training step keeps for backward, and what is computed of them; measured is what a process
+takes before its first step, with the libraries that it imports. simulations/benchmarks/device_memory.py measures both.
+"""
+
+from dataclasses import dataclass
+
+from fedmini.config import RunConfig
+from fedmini.config.device_sections import TrainingSection
+from fedmini.model import shapes
+from fedmini.model.shapes import Dimensions
+from fedmini.types import LoraShape, Manifest
+
+PROCESS_BYTES = 558 * 2**20  # libraries, tokenizer, the accountant's numbers: without weights, before the first step
+# Measured, for each coordinate: the adapter and the vector that leaves, held through a round; the noise as it is drawn.
+HELD_BYTES, NOISE_BYTES = 20, 110
+LOGITS_TOKENS = 256  # positions whose logits exist at once
+PIECE_WORDS = 4096  # words of the head that are there at once, dequantised
+NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+LONG_TOKENS = 256  # above, attention keeps its output for backward
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is computed with at once: examples of a length in tokens, in numbers of 2 (bfloat16) or 4 bytes."""
+
+    batch_size: int
+    length: int
+    number_bytes: int
+    checkpointing: bool = False
+
+
+def peak_bytes(base: Dimensions, lora: LoraShape, num_coordinates: int, step: Step) -> int:
+    """The most that a device's process holds resident, where its heap is kept small ([training] small_heap).
+
+    Within 15 % of what was measured; where examples are shorter than `length`, less is held. Without a small heap the
+    allocator keeps up to a fifth more.
+    """
+    training = _kept_for_backward(base, lora, step) + _at_once(base, step) + 4 * step.batch_size * num_coordinates
+    # Then the gradients are clipped and rounded, in float64, one copy of them all for each of four steps.
+    rounding = step.batch_size * num_coordinates * (2 * 4 + 4 * 8)
+    most = max(training, rounding, NOISE_BYTES * num_coordinates)  # one after the other
+    return PROCESS_BYTES + base.weights_bytes + HELD_BYTES * num_coordinates + most
+
+
+def sentence(config: RunConfig, manifest: Manifest) -> str | None:
+    """What `fedmini plan` says of it, with the settings of a device's own file left as they are; None: not a packed base."""
+    base = shapes.dimensions(config.base)
+    if base is None:
+        return None
+    training = TrainingSection()
+    batch_size = min(training.physical_batch_size, config.data.max_examples_per_device)
+    wanted = {"float32": ("float32",), "bfloat16": ("bfloat16",), "auto": ("bfloat16", "float32")}
+    said = []
+    for dtype in wanted[config.base.compute_dtype]:
+        step = Step(batch_size, manifest.local.max_length, NUMBER_BYTES[dtype])
+        said.append(f"{peak_bytes(base, manifest.lora, manifest.num_coordinates, step) / 1e6:,.0f} MB in {dtype}")
+    return f"up to {', or '.join(said)}, with {batch_size} examples of {manifest.local.max_length} tokens at once"
+
+
+def _kept_for_backward(base: Dimensions, lora: LoraShape, step: Step) -> int:
+    """What the layers from the lowest adapted one on keep of every token."""
+    num_layers = base.num_layers - min(lora.layers or (0,))
+    tokens = step.batch_size * step.length
+    kept = tokens * _in_layer(base, lora, step)
+    last_norm = tokens * 4 * base.hidden_size
+    if not step.checkpointing:
+        return num_layers * kept + last_norm
+    return kept + num_layers * tokens * step.number_bytes * base.hidden_size + last_norm
+
+
+def _in_layer(base: Dimensions, lora: LoraShape, step: Step) -> int:
+    """Bytes that one layer keeps of one token."""
+    size = step.number_bytes
+    norms = 2 * 4 * base.hidden_size  # in float32
+    attention = size * (base.query_size + 2 * base.key_size)
+    if size == 4 or step.length > LONG_TOKENS:
+        attention += size * base.query_size
+    inner = size * 3 * base.inner_size
+    inputs = 4 * lora.lora_rank * len(lora.target_modules)
+    if lora.trained == "AB":
+        inputs += size * sum(_inputs_of(base)[name] for name in _distinct(lora.target_modules))
+    return norms + attention + inner + inputs
+
+
+def _distinct(targets: tuple[str, ...]) -> set[str]:
+    """One of the modules that read the same tensor, for each such tensor."""
+    same = {
+        "q_proj": "q_proj",
+        "k_proj": "q_proj",
+        "v_proj": "q_proj",
+        "gate_proj": "gate_proj",
+        "up_proj": "gate_proj",
+    }
+    return {same.get(name, name) for name in targets}
+
+
+def _inputs_of(base: Dimensions) -> dict[str, int]:
+    hidden = base.hidden_size
+    return {"q_proj": hidden, "o_proj": base.query_size, "gate_proj": hidden, "down_proj": base.inner_size}
+
+
+def _at_once(base: Dimensions, step: Step) -> int:
+    """The logits, the piece of the head and the dequantised layer that are there when most is kept."""
+    logits = 4 * base.num_words * min(LOGITS_TOKENS, step.batch_size * step.length)
+    piece = step.number_bytes * min(PIECE_WORDS, base.num_words) * base.hidden_size
+    return logits + piece + step.number_bytes * base.hidden_size * base.inner_size

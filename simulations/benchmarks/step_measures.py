@@ -1,0 +1,150 @@
+"""What a training step costs on SmolLM2-135M in bfloat16: private and not, on the packed base and on a dense one."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cohort_measures import _dense
+from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from fedmini.config import BaseSection
+from fedmini.model.loading import load_base
+from fedmini.model.lora import LoraModel
+from fedmini.types import EncodedExample, LoraShape
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPE = LoraShape(8, 16.0, TARGETS, None, "B", 0)
+CLIP_NORM = 1.0
+Work = Callable[[], object]
+
+
+def steps(cache_dir: Path, batch_size: int, num_tokens: int) -> dict[str, Work]:
+    """One step of each: "private" and "plain" are fedmini's on the packed base; the others stand on a dense one.
+
+    "default" is PEFT with A and B trained and transformers' own loss; "hooks" and "ghost" are Opacus over that.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    base = load_base(BaseSection(name="smollm2-135m-q4", compute_dtype="bfloat16"), cache_dir, print)
+    tokens = torch.randint(0, 49_000, (batch_size, num_tokens), generator=torch.Generator().manual_seed(0))
+    packed = LoraModel(base, SHAPE)
+    return {
+        "private": _private(packed, tokens),
+        "plain": _plain(packed, tokens),
+        "default": _default(_peft(_dense(base)), tokens),
+        "hooks": _hooks(_peft(_dense(base)), tokens),
+        "ghost": _ghost(_peft(_dense(base)), tokens),
+    }
+
+
+def _examples(tokens: torch.Tensor) -> list[EncodedExample]:
+    is_target = (torch.arange(tokens.shape[1]) > 0).numpy()
+    return [EncodedExample(row.int().numpy(), is_target) for row in tokens]
+
+
+def _private(model: LoraModel, tokens: torch.Tensor) -> Work:
+    optimizer, examples = _private_sgd(model.parameters(), len(tokens)), _examples(tokens)
+
+    def step() -> None:
+        model.example_gradients(examples)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _plain(model: LoraModel, tokens: torch.Tensor) -> Work:
+    optimizer, examples = torch.optim.SGD(model.parameters(), lr=1e-4), _examples(tokens)
+
+    def step() -> None:
+        model.mean_loss_gradient(examples)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _default(model: torch.nn.Module, tokens: torch.Tensor) -> Work:
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _hooks(model: torch.nn.Module, tokens: torch.Tensor) -> Work:
+    hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
+    optimizer = _private_sgd([one for one in model.parameters() if one.requires_grad], len(tokens))
+
+    def step() -> None:
+        _losses(hooked, tokens).mean(1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _ghost(model: torch.nn.Module, tokens: torch.Tensor) -> Work:
+    hooked = GradSampleModuleFastGradientClipping(
+        model,
+        batch_first=True,
+        loss_reduction="mean",
+        strict=False,
+        max_grad_norm=CLIP_NORM,
+        use_ghost_clipping=True,
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-4),
+        noise_multiplier=1.0,
+        max_grad_norm=CLIP_NORM,
+        expected_batch_size=len(tokens),
+        loss_reduction="mean",
+    )
+    criterion = DPLossFastGradientClipping(hooked, optimizer, torch.nn.CrossEntropyLoss(), "mean")
+
+    def step() -> None:
+        logits = hooked(**_inputs(tokens)).logits[:, :-1]
+        flat = logits.reshape(-1, logits.shape[-1])
+        criterion(flat, tokens[:, 1:].reshape(-1), shape=logits.shape).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(**_inputs(tokens)).logits[:, :-1]
+    return functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def _inputs(tokens: torch.Tensor) -> dict[str, object]:
+    """Opacus wants the batch first in every input: the positions are given once for each example."""
+    positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    return {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+
+
+def _private_sgd(parameters: list[torch.nn.Parameter], batch_size: int) -> DPOptimizer:
+    return DPOptimizer(
+        torch.optim.SGD(parameters, lr=1e-4),
+        noise_multiplier=1.0,
+        max_grad_norm=CLIP_NORM,
+        expected_batch_size=batch_size,
+    )
+
+
+def _peft(dense: LlamaForCausalLM) -> torch.nn.Module:
+    """As PEFT's own examples have it: A and B trained, in training mode."""
+    lora = LoraConfig(
+        r=SHAPE.lora_rank, lora_alpha=int(SHAPE.lora_alpha), target_modules=list(TARGETS), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(dense, lora).train()
