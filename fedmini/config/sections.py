@@ -173,7 +173,8 @@ class EvaluationSection(Section):
 
 class SimulationSection(Section):
     num_threads: Annotated[int, Field(ge=0)] = 0  # of each process; 0: one for each core, where there are workers one
-    secure: bool = False  # form every sum by secure aggregation, all of it in this process: the bits of devices_per_batch = 1
+    # Form every sum by secure aggregation, all of it in this process, to the bits of devices_per_batch = 1.
+    secure: bool = False
     workers: Annotated[int, Field(ge=0)] = 0  # processes that train; 0: one for each core, or this one for a short run
     # How many compute in one forward and backward: their gradients differ from those of one device after the other by
     # float rounding. 1: one after the other, as under `secure` and in a deployment, and to the same bits. 0: as fits.
