@@ -8,9 +8,7 @@ from typing import Any
 from fedmini.config import RunConfig, SimulationSection
 from fedmini.types import Manifest
 
-LONG_RUN = (
-    1e13  # tokens of all rounds times bytes of the base, minutes of work: below, starting workers is not worth it
-)
+LONG_RUN = 1e13  # tokens of all rounds times bytes of the base: minutes of work; below, no worker is worth its start
 BATCH_BYTES = 2**28  # what the devices of a batch may hold together beside the activations
 MOST_DEVICES = 32  # of a batch: more bring nothing
 

@@ -240,7 +240,11 @@ def test_a_device_that_was_stopped_in_a_round_gives_the_same_in_the_next(base: P
         assert (contribute(model) == undisturbed).all()
 
 
-def test_stop_ends_a_training_at_once_and_the_round_goes_on(base: Path, server, devices) -> None:
+def test_stop_ends_a_training_at_once_and_the_round_goes_on(
+    base: Path, server, devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOGOUT_SECONDS", 30.0)  # on a busy machine, too, its refusal arrives
+    monkeypatch.setattr(worker, "STOP_SECONDS", 60.0)
     owned, work, thread, results = begin_long(base, server, devices)
     began = time.process_time()
     owned.device.stop()
