@@ -121,7 +121,7 @@ def contribute_together(devices: Sequence[Contributor], task: TrainTask) -> Iter
     """What each of several devices contributes, in any order, computed in one forward and backward over one model.
 
     The devices (at least one) are one run's, share a model, and know nothing of each other. Each contribution is what
-    `contribute` gives, but that gradients may differ by float rounding: 1e-6 of their norm in float32. As many tokens are
+    `contribute` gives, but that gradients may differ by float rounding: about 1e-6 of their norm in float32. As many tokens are
     in memory at once as one device's largest physical batch has, or FEWEST_TOKENS. Raises as `contribute` does.
     """
     first = devices[0]

@@ -51,7 +51,7 @@ def answer_together(model: LoraModel, requests: Sequence[GradientRequest], token
     """What several devices ask for, all of the same kind; examples of like length go together, whosever they are.
 
     At most `tokens_at_once` tokens are in memory at once, padding included, or one example. Within float rounding what
-    `answer_alone` gives each: 1e-6 of a gradient's norm in float32.
+    `answer_alone` gives each: about 1e-6 of a gradient's norm in float32.
     """
     is_shared = requests[0].parameters[0] is model.parameters()[0]
     wave = _Wave(
