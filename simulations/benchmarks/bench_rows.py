@@ -70,7 +70,9 @@ def private_step(asked: Asked) -> list[Line]:
     return [
         Line(f"{what}, {shape}", "", ratio(cpu[ours], cpu[theirs]), ratio(wall[ours], wall[theirs]), to_reach)
         for what, ours, theirs, to_reach in (
-            ("private step / the same without privacy", "private", "plain", 1.02),
+            ("a device's private step, noise local / the same without privacy", "private", "plain", 1.02),
+            ("a device's private step, noise shared / the same without privacy", "shared", "plain", 1.02),
+            ("our gradients with Opacus's optimizer / the same without privacy", "opacus", "plain", None),
             ("private step on 4 bits / default transformers + PEFT bf16 without privacy", "private", "default", 0.75),
             ("Opacus hooks on dense bf16 / default without privacy", "hooks", "default", None),
             ("Opacus ghost clipping on dense bf16 / default without privacy", "ghost", "default", None),
@@ -88,12 +90,12 @@ def linear(asked: Asked) -> list[Line]:
     kernel = native.Kernel(compiling.library(runtime.default_cache_dir(), print))
     generator = torch.Generator().manual_seed(0)
     packed = linear_measures.packed_layers("Q4_1", generator)
-    dense = linear_measures._dense_layers(packed, torch.bfloat16)
+    dense = linear_measures.dense_layers(packed, torch.bfloat16)
     x = torch.randn((128 if asked.quick else 1024, linear_measures.HIDDEN), generator=generator).bfloat16()
     work = {
         "dense": lambda: linear_measures.step(dense, x),
-        "C++": linear_measures._using(kernel, lambda: linear_measures.step(packed, x)),
-        "torch": linear_measures._using(None, lambda: linear_measures.step(packed, x)),
+        "C++": linear_measures.with_kernel(kernel, lambda: linear_measures.step(packed, x)),
+        "torch": linear_measures.with_kernel(None, lambda: linear_measures.step(packed, x)),
     }
     cpu, wall = linear_measures.measure(work, asked.repeats)
     return [

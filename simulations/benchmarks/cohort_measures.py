@@ -5,7 +5,7 @@ Every function gives CPU seconds for each device and round, alternating both sid
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Devices that each take `num_steps` plain steps on batches of `batch_size` examples, clipped as a whole."""
+    """Devices that each take `num_steps` plain steps on batches of `batch_size` examples, clipped as a whole.
+
+    The server adds the noise.
+    """
 
     num_devices: int = 16
     num_steps: int = 1
@@ -41,7 +44,6 @@ class Workload:
     lora_alpha: float = 16.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     clip_norm: float = 0.5
-    noise: str = "server"
 
 
 PEERS_LORA = Workload(num_devices=10, num_steps=4, batch_size=4, num_tokens=64)
@@ -64,7 +66,7 @@ def smollm2(cache_dir: Path, workload: Workload, repeats: int, ways: Sequence[st
     """
     config = _config(workload, {"name": "smollm2-135m-q4", "compute_dtype": "bfloat16"})
     base = load_base(config.base, cache_dir, print)
-    return measure(_ways(base, _dense(base), config, workload), repeats, ways, workload.num_devices)
+    return measure(_ways(base, dense_copy(base), config, workload), repeats, ways, workload.num_devices)
 
 
 def peers_lora(repeats: int, ways: Sequence[str], compute_dtype: torch.dtype) -> dict[str, list[float]]:
@@ -102,13 +104,7 @@ def measure(work: Mapping[str, Work], repeats: int, ways: Sequence[str], num_dev
 
 def _config(workload: Workload, base: Mapping[str, Any]) -> RunConfig:
     size = workload.num_steps * workload.batch_size
-    privacy: dict[str, Any] = {"none": True}
-    if workload.noise in ("server", "shared"):
-        protected = {"clip_norm": workload.clip_norm, "noise_multiplier": 0.5, "target_delta": 1e-5}
-        privacy = {"device": protected | {"noise": workload.noise}}
-    elif workload.noise.startswith("example-"):
-        protected = {"clip_norm": workload.clip_norm, "noise_multiplier": 0.5, "target_delta": 1e-5}
-        privacy = {"example": protected | {"noise": workload.noise.removeprefix("example-")}}
+    protected = {"clip_norm": workload.clip_norm, "noise_multiplier": 0.5, "target_delta": 1e-5, "noise": "server"}
     return parse_run_config(
         {
             "run": {"name": "cohort", "seed": 1},
@@ -128,7 +124,7 @@ def _config(workload: Workload, base: Mapping[str, Any]) -> RunConfig:
                 "physical_batch_size": 16,
             },
             "rounds": {"num_rounds": 10, "cohort_size": workload.num_devices},
-            "privacy": privacy,
+            "privacy": {"device": protected},
         }
     )
 
@@ -226,7 +222,7 @@ class BareLoop:
             parameter.copy_(value)
 
 
-def _dense(base: Base) -> LlamaForCausalLM:
+def dense_copy(base: Base) -> LlamaForCausalLM:
     """The same weights in the same type, as transformers loads a Llama: its own layers and its default attention."""
     settings = base.module.config.to_dict() | {"use_cache": False, "dtype": base.compute_dtype}
     module = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa"))
@@ -246,8 +242,3 @@ def _copy(module: LlamaForCausalLM) -> LlamaForCausalLM:
     copied = LlamaForCausalLM(LlamaConfig(**PEERS_MODEL, use_cache=False))
     copied.load_state_dict(module.state_dict())
     return copied
-
-
-def variant(workload: Workload, **changes: Any) -> Workload:
-    """A workload with some of it changed."""
-    return replace(workload, **changes)

@@ -31,13 +31,13 @@ def rows(
     """A table's rows for one format: a step in the compiled kernel and in plain torch against the dense one, in turn."""
     generator = torch.Generator().manual_seed(0)
     packed = packed_layers(quantization, generator)
-    dense = _dense_layers(packed, dtype)
+    dense = dense_layers(packed, dtype)
     x = torch.randn((num_tokens, HIDDEN), generator=generator).to(dtype)
     work: dict[str, Callable[[], None]] = {"dense": lambda: step(dense, x)}
     for name, used in (("C++", kernel), ("torch", None)):
         if used is not None or name == "torch":
-            work[name] = _using(used, lambda: step(packed, x))
-            work[f"{name}, dequantising"] = _using(used, lambda: _dequantise(packed, dtype))
+            work[name] = with_kernel(used, lambda: step(packed, x))
+            work[f"{name}, dequantising"] = with_kernel(used, lambda: _dequantise(packed, dtype))
     cpu, wall = measure(work, repeats)
     return [
         (
@@ -78,7 +78,7 @@ def _random_matrix(quantization: str, shape: tuple[int, int], generator: torch.G
     )
 
 
-def _dense_layers(packed: Sequence[Mapping[str, PackedLinear]], dtype: torch.dtype) -> list[dict[str, nn.Linear]]:
+def dense_layers(packed: Sequence[Mapping[str, PackedLinear]], dtype: torch.dtype) -> list[dict[str, nn.Linear]]:
     """The same weights, held as transformers holds them."""
     dense: list[dict[str, nn.Linear]] = []
     for layer in packed:
@@ -108,7 +108,7 @@ def _dequantise(layers: Sequence[Mapping[str, PackedLinear]], dtype: torch.dtype
             linear.packed.transposed(dtype)
 
 
-def _using(kernel: native.Kernel | None, work: Callable[[], None]) -> Callable[[], None]:
+def with_kernel(kernel: native.Kernel | None, work: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         with native.using(kernel):
             work()

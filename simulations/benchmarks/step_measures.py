@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from cohort_measures import _dense
+from cohort_measures import dense_copy
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -14,20 +16,25 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from fedmini import local
 from fedmini.config import BaseSection
 from fedmini.model.loading import load_base
 from fedmini.model.lora import LoraModel
-from fedmini.types import EncodedExample, LoraShape
+from fedmini.privacy.noise import RandomStream
+from fedmini.types import EncodedExample, LocalPlan, LoraShape, UnitPlan
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPE = LoraShape(8, 16.0, TARGETS, None, "B", 0)
 CLIP_NORM = 1.0
+UNIT = UnitPlan("example", "local", CLIP_NORM, 1.0, 2.0**13, 2**26, num_shares=1, z_eff=1.0, target_delta=1e-5)
 Work = Callable[[], object]
 
 
 def steps(cache_dir: Path, batch_size: int, num_tokens: int) -> dict[str, Work]:
-    """One step of each: "private" and "plain" are fedmini's on the packed base; the others stand on a dense one.
+    """One step of each: "private", "shared", "plain" and "opacus" on the packed base; the others stand on a dense one.
 
+    "private" is all that a device does in a local step, with integer rounding and exact noise; "shared" the same where the
+    noise is drawn once a round, apart; "opacus" is Opacus's own optimizer, in floats, over fedmini's gradients.
     "default" is PEFT with A and B trained and transformers' own loss; "hooks" and "ghost" are Opacus over that.
     """
     warnings.simplefilter("ignore")
@@ -36,11 +43,13 @@ def steps(cache_dir: Path, batch_size: int, num_tokens: int) -> dict[str, Work]:
     tokens = torch.randint(0, 49_000, (batch_size, num_tokens), generator=torch.Generator().manual_seed(0))
     packed = LoraModel(base, SHAPE)
     return {
-        "private": _private(packed, tokens),
-        "plain": _plain(packed, tokens),
-        "default": _default(_peft(_dense(base)), tokens),
-        "hooks": _hooks(_peft(_dense(base)), tokens),
-        "ghost": _ghost(_peft(_dense(base)), tokens),
+        "private": _device(packed, tokens, lambda model, run: local.train_adapter(model.parameters(), run, UNIT)),
+        "shared": _device(packed, tokens, lambda model, run: local.sum_gradients(model.parameters(), run, UNIT, 0)),
+        "plain": _device(packed, tokens, lambda model, run: local.train_adapter(model.parameters(), run, None)),
+        "opacus": _opacus(packed, tokens),
+        "default": _default(_peft(dense_copy(base)), tokens),
+        "hooks": _hooks(_peft(dense_copy(base)), tokens),
+        "ghost": _ghost(_peft(dense_copy(base)), tokens),
     }
 
 
@@ -49,22 +58,21 @@ def _examples(tokens: torch.Tensor) -> list[EncodedExample]:
     return [EncodedExample(row.int().numpy(), is_target) for row in tokens]
 
 
-def _private(model: LoraModel, tokens: torch.Tensor) -> Work:
+def _device(
+    model: LoraModel, tokens: torch.Tensor, steps_of: Callable[[LoraModel, local.LocalRun], local.Steps[Any]]
+) -> Work:
+    """What a device runs, whose every example is drawn."""
+    size, length = tokens.shape
+    plan = LocalPlan(1, 1.0, float(size), 1e-4, "sgd", length, detach_prefix=False)
+    run = local.LocalRun(_examples(tokens), plan, size, partial(RandomStream.seeded, 1))
+    return lambda: local.run_alone(model, steps_of(model, run))
+
+
+def _opacus(model: LoraModel, tokens: torch.Tensor) -> Work:
     optimizer, examples = _private_sgd(model.parameters(), len(tokens)), _examples(tokens)
 
     def step() -> None:
         model.example_gradients(examples)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _plain(model: LoraModel, tokens: torch.Tensor) -> Work:
-    optimizer, examples = torch.optim.SGD(model.parameters(), lr=1e-4), _examples(tokens)
-
-    def step() -> None:
-        model.mean_loss_gradient(examples)
         optimizer.step()
         optimizer.zero_grad()
 
