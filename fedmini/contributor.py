@@ -1,6 +1,6 @@
 """Contributor: turns a TrainTask into a Contribution, the only thing that ever leaves it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,16 @@ from fedmini.local import LocalRun, Steps
 from fedmini.model.lora import LoraModel
 from fedmini.privacy import clipping, encoding, noise
 from fedmini.privacy.noise import Streams
-from fedmini.types import Contribution, DeviceId, EncodedExample, EvaluationManifest, IntVector, Manifest, TrainTask
+from fedmini.types import (
+    Contribution,
+    DeviceId,
+    EncodedExample,
+    EvaluationManifest,
+    IntVector,
+    Manifest,
+    Residues,
+    TrainTask,
+)
 
 FEWEST_TOKENS = 1024  # of devices together: with fewer at once, much of the time goes into dequantising the base
 
@@ -134,3 +143,15 @@ def contribute_together(devices: Sequence[Contributor], task: TrainTask) -> Iter
     steps = [device._steps(task, model.copies() if moves else model.parameters()) for device in devices]
     tokens_at_once = max(FEWEST_TOKENS, first._physical_batch_size * manifest.local.max_length)
     yield from local.run_together(model, steps, tokens_at_once)
+
+
+def sum_together(
+    devices: Sequence[Contributor], task: TrainTask, on_answer: Callable[[], None] = lambda: None
+) -> Residues:
+    """The sum of what `contribute_together` gives, one contribution in memory at a time; `on_answer` hears of each."""
+    manifest = devices[0]._manifest
+    total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
+    for contribution in contribute_together(devices, task):
+        total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
+        on_answer()
+    return total

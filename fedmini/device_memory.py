@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from fedmini.config import RunConfig
 from fedmini.config.device_sections import TrainingSection
 from fedmini.model import shapes
+from fedmini.model.runtime import LOGITS_TOKENS, PIECE_WORDS
 from fedmini.model.shapes import Dimensions
 from fedmini.types import LoraShape, Manifest
 
 PROCESS_BYTES = 558 * 2**20  # libraries, tokenizer, the accountant's numbers: without weights, before the first step
 # Measured, for each coordinate: the adapter and the vector that leaves, held through a round; the noise as it is drawn.
 HELD_BYTES, NOISE_BYTES = 20, 110
-LOGITS_TOKENS = 256  # positions whose logits exist at once
-PIECE_WORDS = 4096  # words of the head that are there at once, dequantised
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 LONG_TOKENS = 256  # above, attention keeps its output for backward
 

@@ -19,6 +19,7 @@ from fedmini.model.frozen_layers import FrozenLayers, KeptStates
 from fedmini.model.gradients import GradientRecorder, Recording
 from fedmini.model.loading import Base
 from fedmini.model.prefix import PrefixReader
+from fedmini.model.runtime import LOGITS_TOKENS
 from fedmini.types import Adapter, EncodedExample, LoraShape, Template, Vector
 
 
@@ -46,7 +47,7 @@ class LoraModel:
         base: Base,
         shape: LoraShape,
         checkpointing: bool = False,
-        loss_chunk_tokens: int = 256,
+        loss_chunk_tokens: int = LOGITS_TOKENS,
         detached_prefix: Sequence[int] = (),
     ) -> None:
         self.base, self.shape = base, shape

@@ -10,10 +10,9 @@ from torch import nn
 
 from fedmini.model import native
 from fedmini.model.packed_layers import PackedHead
+from fedmini.model.runtime import PIECE_WORDS
 from fedmini.model.scratch import scratch
 from fedmini.types import EncodedExample
-
-PIECE_WORDS = 4096  # of the vocabulary, whose weights exist at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,13 @@ from fedmini.types import LoraShape, Template
 
 Shapes = Mapping[str, tuple[int, int]]  # linear layer by transformers' name -> (num_outputs, num_inputs)
 
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """What a packed Llama's memory follows from."""
+    """What the shapes and the memory of a packed Llama follow from."""
 
     hidden_size: int
     inner_size: int
@@ -51,18 +54,10 @@ def dimensions(source: BaseSection) -> Dimensions | None:
     )
 
 
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-
-
 def linear_shapes(source: BaseSection) -> Shapes:
     """The shape of every linear layer inside a base's blocks. Raises ConfigError where the base can't be found or read."""
-    if source.name is not None:
-        return _llama_shapes(packaged.find(source.name)[0].config)
-    if source.path is not None and source.path.is_file():
-        from fedmini.model.gguf_file import GgufFile
-
-        return _llama_shapes(GgufFile(source.path).config)
+    if (packed := dimensions(source)) is not None:
+        return _llama_shapes(packed)
     if source.path is not None:
         return _folder_shapes(source.path)
     from fedmini.model import pretrained  # loads torch: only a hub id needs it
@@ -91,10 +86,8 @@ def template(shapes: Shapes, lora: LoraShape) -> Template:
     return tuple(sorted(tensors.items()))
 
 
-def _llama_shapes(config: Mapping[str, Any]) -> Shapes:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
+def _llama_shapes(base: Dimensions) -> Shapes:
+    hidden, inner, queries, keys = base.hidden_size, base.inner_size, base.query_size, base.key_size
     of_layer = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -105,9 +98,7 @@ def _llama_shapes(config: Mapping[str, Any]) -> Shapes:
         "mlp.down_proj": (hidden, inner),
     }
     return {
-        f"model.layers.{layer}.{part}": shape
-        for layer in range(config["num_hidden_layers"])
-        for part, shape in of_layer.items()
+        f"model.layers.{layer}.{part}": shape for layer in range(base.num_layers) for part, shape in of_layer.items()
     }
 
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fedmini.contributor import contribute_together
+from fedmini.contributor import sum_together
 from fedmini.privacy import encoding
 from fedmini.secagg.server_session import Refusal
 from fedmini.secure_sum import SecureSum
@@ -62,9 +62,8 @@ class SimulatedCohort:
         manifest = self.setup.run.manifest
         total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
         for batch in batches(survivors, self.setup.config.simulation.devices_per_batch):
-            for contribution in contribute_together([self.setup.devices[device] for device in batch], task):
-                total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
-                on_answer()
+            part = sum_together([self.setup.devices[device] for device in batch], task, on_answer)
+            total = encoding.add(total, part, manifest.release.modulus_bits)
         return CohortSum(total, len(survivors))
 
     def _note_refusals(self, refusals: Sequence[Refusal]) -> None:

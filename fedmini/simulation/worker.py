@@ -12,17 +12,14 @@ import threading
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from fedmini import manifest_file
 from fedmini.config import parse_run_config
-from fedmini.contributor import contribute_together
+from fedmini.contributor import sum_together
 from fedmini.errors import FedMiniError
 from fedmini.model import runtime
-from fedmini.privacy import encoding
 from fedmini.simulation import devices, frames
 from fedmini.simulation.frames import Frame
-from fedmini.types import Manifest, Residues, TrainTask
+from fedmini.types import Manifest, TrainTask
 
 
 def main() -> None:
@@ -64,10 +61,7 @@ class Worker:
         task = TrainTask(manifest.hash, words["round_num"], words["attempt"], adapter)
         examples = frames.unpack_examples(words["devices"], batch.tensors)
         batch_of = devices.contributors(examples, self._model, manifest, self._streams, self._config)
-        total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
-        for contribution in contribute_together(list(batch_of.values()), task):
-            total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
-        return Frame({"is": "sum"}, {"total": total})
+        return Frame({"is": "sum"}, {"total": sum_together(list(batch_of.values()), task)})
 
 
 if __name__ == "__main__":

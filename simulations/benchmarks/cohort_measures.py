@@ -4,7 +4,7 @@ Every function gives CPU seconds for each device and round, alternating both sid
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,12 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedmini import planning
 from fedmini.config import RunConfig, parse_run_config
-from fedmini.contributor import Contributor, contribute_together
+from fedmini.contributor import Contributor, sum_together
 from fedmini.model import attention, packed_base
 from fedmini.model.loading import Base, load_base
 from fedmini.model.lora import LoraModel
-from fedmini.privacy import encoding
 from fedmini.privacy.noise import RandomStream
-from fedmini.types import EncodedExample, Manifest, TrainTask
+from fedmini.types import EncodedExample, TrainTask
 
 Work = Callable[[], object]
 
@@ -152,8 +151,8 @@ def _ways(base: Base, dense: LlamaForCausalLM, config: RunConfig, workload: Work
     task = TrainTask(manifest.hash, 1, 0, model.initial_adapter())
     return {
         "bare": bare.round,
-        "alone": partial(_sum, manifest, lambda: (device.contribute(task) for device in devices)),
-        "together": partial(_sum, manifest, lambda: contribute_together(devices, task)),
+        "alone": lambda: [sum_together([device], task) for device in devices],
+        "together": partial(sum_together, devices, task),
     }
 
 
@@ -168,13 +167,6 @@ class _InTurn(RandomStream):
     def poisson_sample(self, population_size: int, sampling_rate: float) -> Any:
         assert isinstance(self._step, int)
         return np.arange(self._batch_size) + self._batch_size * self._step
-
-
-def _sum(manifest: Manifest, contributions: Callable[[], Iterator[Any]]) -> np.ndarray[Any, Any]:
-    total = np.zeros(manifest.num_coordinates, np.uint32)
-    for contribution in contributions():
-        total = encoding.add(total, contribution.vector, manifest.release.modulus_bits)
-    return total
 
 
 class BareLoop:
