@@ -21,7 +21,7 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """What the shapes and the memory of a packed Llama follow from."""
+    """What a packed Llama's memory follows from."""
 
     hidden_size: int
     inner_size: int
@@ -34,15 +34,9 @@ class Dimensions:
 
 def dimensions(source: BaseSection) -> Dimensions | None:
     """Of a base that stays packed; None for any other. Raises ConfigError where it can't be found or read."""
-    if source.name is not None:
-        packed, path = packaged.find(source.name)
-        config: Mapping[str, Any] = packed.config
-    elif source.path is not None and source.path.is_file():
-        from fedmini.model.gguf_file import GgufFile
-
-        config, path = GgufFile(source.path).config, source.path
-    else:
+    if (found := _packed(source)) is None:
         return None
+    config, path = found
     return Dimensions(
         hidden_size=config["hidden_size"],
         inner_size=config["intermediate_size"],
@@ -56,8 +50,8 @@ def dimensions(source: BaseSection) -> Dimensions | None:
 
 def linear_shapes(source: BaseSection) -> Shapes:
     """The shape of every linear layer inside a base's blocks. Raises ConfigError where the base can't be found or read."""
-    if (packed := dimensions(source)) is not None:
-        return _llama_shapes(packed)
+    if (found := _packed(source)) is not None:
+        return _llama_shapes(found[0])
     if source.path is not None:
         return _folder_shapes(source.path)
     from fedmini.model import pretrained  # loads torch: only a hub id needs it
@@ -86,8 +80,22 @@ def template(shapes: Shapes, lora: LoraShape) -> Template:
     return tuple(sorted(tensors.items()))
 
 
-def _llama_shapes(base: Dimensions) -> Shapes:
-    hidden, inner, queries, keys = base.hidden_size, base.inner_size, base.query_size, base.key_size
+def _packed(source: BaseSection) -> tuple[Mapping[str, Any], Path] | None:
+    """What a base that stays packed says of itself, and its file; None for any other."""
+    if source.name is not None:
+        packed, path = packaged.find(source.name)
+        return packed.config, path
+    if source.path is not None and source.path.is_file():
+        from fedmini.model.gguf_file import GgufFile
+
+        return GgufFile(source.path).config, source.path
+    return None
+
+
+def _llama_shapes(config: Mapping[str, Any]) -> Shapes:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
     of_layer = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -98,7 +106,9 @@ def _llama_shapes(base: Dimensions) -> Shapes:
         "mlp.down_proj": (hidden, inner),
     }
     return {
-        f"model.layers.{layer}.{part}": shape for layer in range(base.num_layers) for part, shape in of_layer.items()
+        f"model.layers.{layer}.{part}": shape
+        for layer in range(config["num_hidden_layers"])
+        for part, shape in of_layer.items()
     }
 
 
