@@ -67,8 +67,8 @@ def plan(
     run_id = f"{chosen.run.name}-{'plan' if manifest_path is None else secrets.token_hex(4)}"
     manifest = planning.make_manifest(chosen, run_id, base, cache_dir)
     known = pace.recall(cache_dir, chosen)
-    seconds = pace.forecast_seconds(known, manifest, chosen) if known is not None else None
-    description = _description(chosen) | {"time": display.time_sentence(seconds)}
+    seconds = pace.forecast_seconds(known.pace, manifest, chosen) if known is not None else None
+    description = _description(chosen) | {"time": display.time_sentence(seconds, known)}
     if (memory := device_memory.sentence(chosen, manifest)) is not None:
         description["on a device"] = memory
     display.print_plan(_console(), manifest, forecast.forecast(manifest), description)

@@ -51,6 +51,7 @@ class Contributor:
         self.device_id = device_id
         self._examples = local_evaluation.own_part(examples, manifest)
         self._model, self._manifest, self._streams = model, manifest, streams
+        self._manifest_hash, self._num_coordinates = manifest.hash, manifest.num_coordinates  # worked out once
         self._physical_batch_size = physical_batch_size
 
     def __repr__(self) -> str:
@@ -67,17 +68,17 @@ class Contributor:
 
     def _begin(self, task: TrainTask) -> None:
         """Give the model the task's adapter."""
-        manifest = self._manifest
-        if task.manifest_hash != manifest.hash:
+        if task.manifest_hash != self._manifest_hash:
             raise UpdateError(
-                f"the task is about manifest {task.manifest_hash[:12]}, this device agreed to {manifest.hash[:12]}"
+                f"the task is about manifest {task.manifest_hash[:12]}, this device agreed to {self._manifest_hash[:12]}"
             )
-        vectors.check(task.adapter, manifest.template)
+        vectors.check(task.adapter, self._manifest.template)
         self._model.set_adapter(task.adapter)
 
     def _steps(self, task: TrainTask, parameters: local.Parameters) -> Steps[Contribution]:
         """All that this device does for a task, at these tensors: they hold the task's adapter, and are moved."""
-        integers = (yield from self._integers(task, parameters)) + self._noise_share(task)
+        integers = yield from self._integers(task, parameters)
+        integers += self._noise_share(task)
         return Contribution(encoding.wrap(integers, self._manifest.release.modulus_bits))
 
     def _integers(self, task: TrainTask, parameters: local.Parameters) -> Steps[IntVector]:
@@ -85,9 +86,8 @@ class Contributor:
         manifest, release = self._manifest, self._manifest.release
         if isinstance(manifest, EvaluationManifest):
             streams = self._streams_of(task)
-            return local_evaluation.sum_losses(
-                self._model, self._examples, manifest, self._physical_batch_size, streams
-            )
+            size = self._physical_batch_size
+            return (yield from local_evaluation.sum_losses(self._examples, manifest, size, streams))
         run = LocalRun(self._examples, self._manifest.local, self._physical_batch_size, self._streams_of(task))
         if release.sums_examples:
             assert release.example is not None
@@ -98,26 +98,26 @@ class Contributor:
         return encoding.round_stochastically(vector, release.scale, bound, run.streams("rounding", "update"))
 
     def _joint_vector(self, training: local.Training) -> NDArray[np.float64]:
-        """The update and its metric coordinates, clipped together."""
-        release = self._manifest.release
-        if release.num_metrics == 0:
-            return clipping.clip(training.delta, release.encoding_norm)
-        room = metrics.room_for_vector(release.encoding_norm)
-        was_clipped = not vectors.norm(training.delta) <= room  # also where it is not finite
-        behind = metrics.coordinates(
-            training.loss, training.mean_targets, was_clipped, release.encoding_norm, self._manifest.local.max_length
-        )
-        joint = np.concatenate([clipping.clip(training.delta, room), behind])
-        return clipping.clip(joint, release.encoding_norm)
+        """The update, clipped to what its metric coordinates leave of the norm, and those behind it. (num_coordinates,)"""
+        release, num_trained = self._manifest.release, len(training.delta)
+        room = release.encoding_norm if release.num_metrics == 0 else metrics.room_for_vector(release.encoding_norm)
+        factor = clipping.factor(vectors.norm(training.delta), room)
+        joint = np.zeros(self._num_coordinates)
+        if factor > 0:
+            np.multiply(training.delta, np.float64(factor), out=joint[:num_trained])
+        if release.num_metrics:
+            joint[num_trained:] = metrics.coordinates(
+                training.loss, training.mean_targets, factor < 1, release.encoding_norm, self._manifest.local.max_length
+            )
+        return joint
 
     def _noise_share(self, task: TrainTask) -> IntVector:
         """This device's share of the noise in the sum; zeros where the noise is local to each step, or the server's."""
-        manifest = self._manifest
-        for unit in manifest.release.units:
+        for unit in self._manifest.release.units:
             if unit.noise == "shared":
                 stream = self._streams_of(task)("share")
-                return noise.discrete_gaussian(unit.noise_variance, manifest.num_coordinates, stream)
-        return np.zeros(manifest.num_coordinates, np.int64)
+                return noise.discrete_gaussian(unit.noise_variance, self._num_coordinates, stream)
+        return np.zeros(self._num_coordinates, np.int64)
 
     def _streams_of(self, task: TrainTask) -> Streams:
         kind = "evaluation" if isinstance(self._manifest, EvaluationManifest) else "round"
@@ -139,7 +139,8 @@ def contribute_together(devices: Sequence[Contributor], task: TrainTask) -> Iter
         return
     model, manifest = first._model, first._manifest
     first._begin(task)
-    moves = not manifest.release.sums_examples  # then all compute at one adapter
+    # Where nothing moves, all compute at one adapter.
+    moves = not (manifest.release.sums_examples or isinstance(manifest, EvaluationManifest))
     steps = [device._steps(task, model.copies() if moves else model.parameters()) for device in devices]
     tokens_at_once = max(FEWEST_TOKENS, first._physical_batch_size * manifest.local.max_length)
     yield from local.run_together(model, steps, tokens_at_once)

@@ -30,16 +30,18 @@ class Step:
     checkpointing: bool = False
 
 
-def peak_bytes(base: Dimensions, lora: LoraShape, num_coordinates: int, step: Step) -> int:
-    """The most that a device's process holds resident, where its heap is kept small ([training] small_heap).
+def peak_bytes(base: Dimensions, lora: LoraShape, num_coordinates: int, step: Step, *, small_heap: bool) -> int:
+    """The most that a device's process holds resident, with its heap kept small ([training] small_heap) or left as it is.
 
-    Within 15 % of what was measured; where examples are shorter than `length`, less is held. Without a small heap the
-    allocator keeps up to a fifth more.
+    Within 15 % of what was measured; where examples are shorter than `length`, less is held. Training, rounding and the
+    noise come one after the other: a small heap gives back between them what it held, glibc's own keeps it, in pieces that
+    the next can't use.
     """
     training = _kept_for_backward(base, lora, step) + _at_once(base, step) + 4 * step.batch_size * num_coordinates
     # Then the gradients are clipped and rounded, in float64, one copy of them all for each of four steps.
     rounding = step.batch_size * num_coordinates * (2 * 4 + 4 * 8)
-    most = max(training, rounding, NOISE_BYTES * num_coordinates)  # one after the other
+    one_after_the_other = (training, rounding, NOISE_BYTES * num_coordinates)
+    most = max(one_after_the_other) if small_heap else sum(one_after_the_other)
     return PROCESS_BYTES + base.weights_bytes + HELD_BYTES * num_coordinates + most
 
 
@@ -54,33 +56,35 @@ def sentence(config: RunConfig, manifest: Manifest) -> str | None:
     said = []
     for dtype in wanted[config.base.compute_dtype]:
         step = Step(batch_size, manifest.local.max_length, NUMBER_BYTES[dtype])
-        said.append(f"{peak_bytes(base, manifest.lora, manifest.num_coordinates, step) / 1e6:,.0f} MB in {dtype}")
-    return f"up to {', or '.join(said)}, with {batch_size} examples of {manifest.local.max_length} tokens at once"
+        small, as_it_is = (
+            peak_bytes(base, manifest.lora, manifest.num_coordinates, step, small_heap=small_heap) / 1e6
+            for small_heap in (True, False)
+        )
+        said.append(f"{small:,.0f} MB in {dtype} ({as_it_is:,.0f} MB in an app)")
+    return (
+        f"up to {', or '.join(said)}, with {batch_size} examples of {manifest.local.max_length} tokens at once; "
+        "an app's heap is not kept small unless training.small_heap says so"
+    )
 
 
 def _kept_for_backward(base: Dimensions, lora: LoraShape, step: Step) -> int:
-    """What the layers from the lowest adapted one on keep of every token."""
+    """What the layers from the lowest adapted one on keep of every token, where compiled kernels compute them."""
     num_layers = base.num_layers - min(lora.layers or (0,))
     tokens = step.batch_size * step.length
-    kept = tokens * _in_layer(base, lora, step)
-    last_norm = tokens * 4 * base.hidden_size
+    kept, state = tokens * _in_layer(base, lora, step), tokens * step.number_bytes * base.hidden_size
     if not step.checkpointing:
-        return num_layers * kept + last_norm
-    return kept + num_layers * tokens * step.number_bytes * base.hidden_size + last_norm
+        return num_layers * kept + state
+    return kept + num_layers * state + state
 
 
 def _in_layer(base: Dimensions, lora: LoraShape, step: Step) -> int:
     """Bytes that one layer keeps of one token."""
-    size = step.number_bytes
-    norms = 2 * 4 * base.hidden_size  # in float32
-    attention = size * (base.query_size + 2 * base.key_size)
-    if size == 4 or step.length > LONG_TOKENS:
-        attention += size * base.query_size
-    inner = size * 3 * base.inner_size
-    inputs = 4 * lora.lora_rank * len(lora.target_modules)
+    numbers = 2 * base.hidden_size + base.query_size + 2 * base.key_size + 2 * base.inner_size
+    if step.length > LONG_TOKENS:
+        numbers += base.query_size
     if lora.trained == "AB":
-        inputs += size * sum(_inputs_of(base)[name] for name in _distinct(lora.target_modules))
-    return norms + attention + inner + inputs
+        numbers += sum(_inputs_of(base)[name] for name in _distinct(lora.target_modules))
+    return step.number_bytes * numbers + 4 * (2 + lora.lora_rank * len(lora.target_modules))
 
 
 def _distinct(targets: tuple[str, ...]) -> set[str]:
@@ -102,6 +106,6 @@ def _inputs_of(base: Dimensions) -> dict[str, int]:
 
 def _at_once(base: Dimensions, step: Step) -> int:
     """The logits, the piece of the head and the dequantised layer that are there when most is kept."""
-    logits = 4 * base.num_words * min(LOGITS_TOKENS, step.batch_size * step.length)
+    logits = step.number_bytes * base.num_words * min(LOGITS_TOKENS, step.batch_size * step.length)
     piece = step.number_bytes * min(PIECE_WORDS, base.num_words) * base.hidden_size
     return logits + piece + step.number_bytes * base.hidden_size * base.inner_size

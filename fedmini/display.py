@@ -22,6 +22,7 @@ from fedmini.types import ADJACENCY, Manifest
 
 if TYPE_CHECKING:  # a plan is shown without loading torch
     from fedmini.forecast import EvaluationForecast, Forecast, UnitForecast
+    from fedmini.pace import KnownPace
     from fedmini.simulation import Progress, SimulationResult
 
 NO_PRIVACY_BANNER = "NO PRIVACY: [privacy] none = true. The adapter may reveal what any one example says."
@@ -129,11 +130,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def time_sentence(seconds: float | None) -> str:
-    """How long a run will take here, as far as that is known."""
+def time_sentence(seconds: float | None, known: "KnownPace | None" = None) -> str:
+    """How long a run will take here, as far as that is known, and how the run went that this is known from."""
     if seconds is None:
         return "not known on this machine before a first run with these settings"
-    return f"about {duration(seconds)} of training and evaluation, going by the last run with these settings here"
+    text = f"about {duration(seconds)} of training and evaluation, going by the last run with these settings here"
+    if known is None:
+        return text
+    processes = "1 process" if known.workers == 1 else f"{known.workers} processes"
+    devices = "1 device" if known.devices_per_batch == 1 else f"{known.devices_per_batch} devices"
+    return f"{text} ({processes}, {devices} at a time in each)"
 
 
 def _bytes(size: float) -> str:

@@ -1,12 +1,12 @@
 """What a device measures on the examples that it holds back from training: their losses, bounded, summed as integers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
 from fedmini import metrics
-from fedmini.model.lora import LoraModel
+from fedmini.model.together import Gradients, LossRequest
 from fedmini.privacy import clipping, encoding
 from fedmini.privacy.noise import Streams
 from fedmini.types import EncodedExample, EvaluationManifest, IntVector, Manifest
@@ -34,19 +34,15 @@ def own_part(examples: Sequence[EncodedExample], manifest: Manifest) -> tuple[En
 
 
 def sum_losses(
-    model: LoraModel,
-    examples: Sequence[EncodedExample],
-    manifest: EvaluationManifest,
-    physical_batch_size: int,
-    streams: Streams,
-) -> IntVector:
+    examples: Sequence[EncodedExample], manifest: EvaluationManifest, physical_batch_size: int, streams: Streams
+) -> Generator[LossRequest, Gradients, IntVector]:
     """What the examples say of the adapter that the model holds, each rounded by itself; no noise yet. Shape (2,), int64.
 
     Where an example is the unit, their coordinates are summed; else one vector stands for the device: that of its mean
     loss. No examples give zeros.
     """
     release = manifest.release
-    losses = metrics.capped(model.mean_losses(examples, physical_batch_size))
+    losses = metrics.capped((yield LossRequest(examples, physical_batch_size)).losses)
     if release.example is None and len(losses):
         losses = np.array([np.mean(losses)])
     rows, _ = clipping.clip_rows(metrics.evaluation_coordinates(losses, release.encoding_norm), release.encoding_norm)

@@ -44,13 +44,12 @@ def coordinates(
 ) -> NDArray[np.float64]:
     """Metric coordinates of n units, shape (n, 4). `losses` in nats a token; a loss that is not finite counts as the cap."""
     bounded = capped(losses)
-    columns = (
-        np.ones_like(bounded),
-        bounded / LOSS_CAP,
-        np.clip(np.asarray(targets, np.float64) / max_length, 0, 1),
-        np.asarray(clipped, np.float64),
-    )
-    return np.stack(columns, axis=-1) * _step(clip_norm)
+    found = np.ones((*bounded.shape, len(NAMES)))
+    found[..., 1] = bounded / LOSS_CAP
+    found[..., 2] = np.minimum(np.maximum(np.asarray(targets, np.float64) / max_length, 0.0), 1.0)
+    found[..., 3] = clipped
+    found *= _step(clip_norm)
+    return found
 
 
 def evaluation_coordinates(losses: ArrayLike, clip_norm: float) -> NDArray[np.float64]:

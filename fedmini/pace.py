@@ -13,6 +13,7 @@ from fedmini.config import RunConfig
 from fedmini.types import Manifest
 
 FILE = "pace.json"  # in the cache folder: what was measured, by what it was measured on
+CHOSEN = ("compute_dtype", "num_threads", "workers", "devices_per_batch")  # by a run, where its configuration does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,15 @@ class Pace:
     @property
     def is_known(self) -> bool:
         return self.num_trained > 0 and self.num_evaluated > 0
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPace:
+    """A pace that was measured here, and how the run went that it was measured in."""
+
+    pace: Pace
+    workers: int  # processes that trained
+    devices_per_batch: int  # that computed together in each
 
 
 def forecast_seconds(pace: Pace, manifest: Manifest, config: RunConfig) -> float:
@@ -56,39 +66,54 @@ def remember(cache_dir: Path, config: RunConfig, pace: Pace) -> None:
         files.replace_synced(cache_dir / FILE, json.dumps(known, indent=1).encode())
 
 
-def recall(cache_dir: Path, config: RunConfig) -> Pace | None:
+def recall(cache_dir: Path, config: RunConfig) -> KnownPace | None:
     """The newest pace that was measured on this machine with these settings; None before a first run with them.
 
-    compute_dtype = "auto" takes whichever it was measured with.
+    What the configuration leaves open ("auto", and 0 in [simulation]) is taken as it was when that was measured: a run
+    chooses again, so one that is much longer can have more workers.
     """
-    wanted = json.loads(_key(config))
+    wanted = _settings(config)
     for key, found in reversed(_read(cache_dir).items()):
         try:
             have = json.loads(key)
-            pace = Pace(**{field.name: float(found[field.name]) for field in fields(Pace)})
+            known = KnownPace(
+                Pace(**{field.name: float(found[field.name]) for field in fields(Pace)}),
+                int(have["workers"]),
+                int(have["devices_per_batch"]),
+            )
         except (ValueError, TypeError, KeyError):
             continue
-        if wanted["compute_dtype"] == "auto" and isinstance(have, dict):
-            have["compute_dtype"] = "auto"
-        if have == wanted and pace.is_known:
-            return pace
+        if have == wanted | _choices(wanted, have) and known.pace.is_known:
+            return known
     return None
 
 
+def _choices(wanted: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, Any]:
+    """What `wanted` leaves to a run, as it is in `have`."""
+    return {name: have.get(name) for name in CHOSEN if wanted[name] in (0, "auto")}
+
+
 def _key(config: RunConfig) -> str:
-    """Everything that decides how long one example takes, as JSON."""
-    local, lora = config.local, config.lora
-    found: Mapping[str, Any] = {
+    return json.dumps(_settings(config), sort_keys=True)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Everything that decides how long one example takes, as it is in JSON."""
+    local, lora, simulation = config.local, config.lora, config.simulation
+    return {
         "base": str(config.base.name or config.base.path or config.base.hub_id),
         "compute_dtype": config.base.compute_dtype,
         "weights": [config.base.weights, config.base.accelerator],
-        "num_threads": config.simulation.num_threads or len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
+        "num_threads": simulation.num_threads,
+        "workers": simulation.workers,
+        "devices_per_batch": simulation.devices_per_batch,
+        "simulation": [simulation.secure, simulation.max_hidden_bytes],
         "lora": [lora.lora_rank, list(lora.target_modules), lora.layers and list(lora.layers), lora.trained],
         "data": [config.data.source, config.data.template, local.max_length],
         "local": [local.physical_batch_size, local.detach_prefix, local.checkpointing],
         "privacy": [config.privacy.example is not None, config.privacy.device is not None],
     }
-    return json.dumps(found, sort_keys=True)
 
 
 def _read(cache_dir: Path) -> dict[str, Any]:

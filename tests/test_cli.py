@@ -332,6 +332,9 @@ def test_a_plan_knows_the_time_after_a_first_run_here(shell: Shell) -> None:
     assert shell("simulate", "run.toml", "--output", "out", "--set", "rounds.num_rounds=1").code == 0
     (time_line,) = [line for line in shell("plan", "run.toml").out.splitlines() if line.startswith("time")]
     assert re.match(r"time +about \d", time_line)
+    out = " ".join(shell("plan", "run.toml").out.split())
+    assert "(1 process, 5 devices at a time in each)" in out  # as a run of this length chose
+    assert unknown in " ".join(shell("plan", "run.toml", "--set", "simulation.workers=2").out.split())
     assert unknown in " ".join(shell("plan", "run.toml", "--set", "lora.lora_rank=4").out.split())
     (shell.folder / "cache" / "fedmini" / pace.FILE).write_text("{")
     assert unknown in " ".join(shell("plan", "run.toml").out.split())

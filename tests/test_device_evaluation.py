@@ -1,7 +1,7 @@
 """Devices measure the loss on what they hold back: never trained on, bounded, noised, paid for once, and off by default."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fedmini import floors, local_evaluation, manifest_file, metrics, planning, schedule, simulation
 from fedmini.config import RunConfig, parse_run_config
-from fedmini.contributor import Contributor
+from fedmini.contributor import Contributor, contribute_together
 from fedmini.errors import ConfigError, ProtocolError, StateError, UpdateError
 from fedmini.floors import COMPILED, Limits
 from fedmini.model.lora import LoraModel
@@ -23,7 +24,7 @@ from fedmini.privacy.device_ledger import DeviceLedger
 from fedmini.privacy.ledger import read_ledger
 from fedmini.privacy.noise import RandomStream
 from fedmini.simulation import SimulationOptions, SimulationResult
-from fedmini.types import EvaluationManifest, EvaluationPlan, Manifest, TrainTask
+from fedmini.types import EncodedExample, EvaluationManifest, EvaluationPlan, Manifest, TrainTask
 from tests import tiny_llama, tiny_run
 
 ON_DEVICES = {"fraction": 0.4, "noise_multiplier": 2.0}
@@ -167,6 +168,38 @@ def test_a_loss_is_the_same_whoever_is_measured_beside_it(model: LoraModel) -> N
     alone = [model.mean_losses([example], 1)[0] for example in EXAMPLES[:7]]
     gradients = model.example_gradients(EXAMPLES[:7]).losses
     assert together == pytest.approx(alone, abs=1e-5) and together == pytest.approx(gradients, abs=1e-5)
+
+
+class CountingModel(LoraModel):
+    """Knows how many examples it was asked for at once."""
+
+    asked: tuple[int, ...] = ()
+
+    def mean_losses(self, examples: Sequence[EncodedExample], batch_size: int) -> NDArray[np.float64]:
+        self.asked += (len(examples),)
+        return super().mean_losses(examples, batch_size)
+
+
+@pytest.mark.parametrize("privacy", MODES)
+def test_devices_measured_together_say_what_they_do_one_by_one(folder: Path, privacy: str) -> None:
+    """In one forward; up to float rounding, which may turn a coin of the stochastic rounding."""
+    model = CountingModel(tiny_llama.base(), tiny_llama.SHAPE)
+    base = planning.Base(model.fingerprint, model.template)
+    evaluated = a_manifest(folder, privacy, base).for_evaluation
+    assert evaluated is not None
+    task = TrainTask(evaluated.hash, 1, 0, model.initial_adapter())
+    owned = [EXAMPLES[:20], (), EXAMPLES[20:30], EXAMPLES[30:60]]
+    devices = [
+        Contributor(f"d{place}", own, model, evaluated, partial(RandomStream.seeded, 3))
+        for place, own in enumerate(owned)
+    ]
+    bits = evaluated.release.modulus_bits
+    one_by_one = [encoding.unwrap(device.contribute(task).vector, bits) for device in devices]
+    model.asked = ()
+    at_once = [encoding.unwrap(found.vector, bits) for found in contribute_together(devices, task)]
+    assert model.asked == (sum(len(local_evaluation.own_part(own, evaluated)) for own in owned),)
+    assert np.abs(np.array(at_once) - np.array(one_by_one)).max() <= 1
+    assert np.ptp(one_by_one, axis=0).max() > 100
 
 
 def test_a_device_that_holds_nothing_back_still_sends_its_noise(folder: Path, model: LoraModel) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedmini import display
+from fedmini.pace import KnownPace, Pace
 from fedmini.simulation import Progress
 
 EPSILON = {"example": 1.5}
@@ -96,6 +97,13 @@ def test_a_terminal_says_what_is_measured_and_that_it_gets_ready() -> None:
 def test_a_time_is_said_in_fitting_units(seconds: float, said: str) -> None:
     assert display.duration(seconds) == said
     assert said in display.time_sentence(seconds)
+
+
+def test_a_time_is_said_with_how_many_trained_at_once_when_it_was_measured() -> None:
+    known = KnownPace(Pace(), workers=2, devices_per_batch=8)
+    assert display.time_sentence(300, known).endswith("(2 processes, 8 devices at a time in each)")
+    alone = KnownPace(Pace(), workers=1, devices_per_batch=1)
+    assert display.time_sentence(300, alone).endswith("(1 process, 1 device at a time in each)")
 
 
 def test_a_time_that_was_never_measured_is_not_made_up() -> None:

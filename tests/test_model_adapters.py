@@ -30,7 +30,7 @@ def test_plain_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, trained
     theirs = PeftModel.from_pretrained(tiny_llama.llama(), tmp_path)
 
     with torch.no_grad():
-        torch.testing.assert_close(theirs(TOKENS).logits, ours.peft_model(TOKENS).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs(TOKENS).logits, ours.module(TOKENS).logits, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(theirs(TOKENS).logits, tiny_llama.llama()(TOKENS).logits)
 
 
@@ -47,7 +47,7 @@ def test_what_is_saved_loads_as_it_was(tmp_path, trained):
     again.set_adapter(adapter)
     np.testing.assert_array_equal(again.flat(), model.flat())
     with torch.no_grad():
-        assert torch.equal(again.peft_model(TOKENS).logits, model.peft_model(TOKENS).logits)
+        assert torch.equal(again.module(TOKENS).logits, model.module(TOKENS).logits)
 
 
 def test_an_adapter_that_peft_wrote_loads_with_both_matrices(tmp_path):
@@ -60,7 +60,7 @@ def test_an_adapter_that_peft_wrote_loads_with_both_matrices(tmp_path):
 
     assert shape.trained == "AB"
     with torch.no_grad():
-        torch.testing.assert_close(ours.peft_model(TOKENS).logits, theirs(TOKENS).logits)
+        torch.testing.assert_close(ours.module(TOKENS).logits, theirs(TOKENS).logits)
 
 
 def test_the_files_do_not_depend_on_the_order_of_a_set(tmp_path):

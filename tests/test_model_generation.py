@@ -21,7 +21,7 @@ def test_a_greedy_reply_is_what_transformers_generates():
     lora_model = model()
     tokenizer = lora_model.base.tokenizer
     prompt = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    generated = lora_model.peft_model.generate(
+    generated = lora_model.module.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, use_cache=True
     )
     expected = tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True)
@@ -64,7 +64,7 @@ def test_holding_the_weights_dense_changes_nothing_and_is_let_go(tmp_path):
     expected = list(lora_model.reply(CONVERSATION, Sampling(12)))
 
     assert list(lora_model.reply(CONVERSATION, Sampling(12, hold_dense=True))) == expected
-    assert all(getattr(module, "_held", None) is None for module in lora_model.peft_model.modules())
+    assert all(getattr(module, "_held", None) is None for module in lora_model.module.modules())
 
 
 def test_a_conversation_that_does_not_fit_is_refused_without_its_text():

@@ -1,7 +1,9 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 
+import autograd_reference
 import pytest
 import tiny_llama
 import torch
@@ -55,7 +57,8 @@ def test_a_packed_base_and_a_dense_copy_of_it_have_the_same_digest(tmp_path, mon
     without_bitsandbytes(monkeypatch)
     packed = load(tmp_path, path=tiny_llama.write_gguf(tmp_path / "tiny.gguf", "F32"))
     tiny_llama.llama().save_pretrained(tmp_path / "copy")
-    packed.tokenizer.save_pretrained(tmp_path / "copy")
+    (tokenizer,) = tmp_path.glob("**/bases/*/tokenizer")
+    shutil.copytree(tokenizer, tmp_path / "copy", dirs_exist_ok=True)
     dense = load(tmp_path, path=tmp_path / "copy")
 
     assert dense.weights_digest == packed.weights_digest
@@ -234,7 +237,7 @@ def test_rows_through_int8_are_the_gradients_of_each_example_alone(tmp_path, fol
     (example,) = tiny_llama.examples((12,))
 
     rows = model.example_gradients([example])
-    model.mean_loss_gradient([example])
+    autograd_reference.mean_loss_gradient(model, [example])
     alone = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     assert base.weights == "int8"

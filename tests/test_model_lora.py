@@ -49,9 +49,9 @@ def test_a_new_model_answers_as_its_base_and_leaves_it_unchanged():
     model = LoraModel(base, SHAPE)
     changed = tiny_llama.with_random_adapter(LoraModel(base, SHAPE))
 
-    assert torch.equal(model.peft_model(tokens).logits, before)
+    assert torch.equal(model.module(tokens).logits, before)
     assert torch.equal(base.module(tokens).logits, before)
-    assert not torch.allclose(changed.peft_model(tokens).logits, before)
+    assert not torch.allclose(changed.module(tokens).logits, before)
 
 
 def test_building_a_model_draws_nothing_from_torchs_generator():
@@ -167,7 +167,7 @@ def test_evaluation_sums_the_nats_of_every_target():
     expected = 0.0
     for example in examples:
         tokens = torch.from_numpy(example.tokens).long()
-        scores = model.peft_model(tokens[None]).logits[0, :-1].log_softmax(-1)
+        scores = model.module(tokens[None]).logits[0, :-1].log_softmax(-1)
         wanted = torch.from_numpy(example.is_target)[1:]
         expected -= float(scores.detach()[torch.arange(len(tokens) - 1), tokens[1:]][wanted].sum())
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedmini.errors import ConfigError
-from fedmini.model import attention, loss, prefix
+from fedmini.model import loss, prefix
 from fedmini.model.lora import LoraModel
 from fedmini.types import EncodedExample
 from tests import tiny_llama
@@ -30,7 +30,7 @@ def a_model(detach: bool) -> LoraModel:
     return tiny_llama.with_random_adapter(LoraModel(tiny_llama.base(), tiny_llama.SHAPE, detached_prefix=prefix_tokens))
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", attention.register()])
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_the_losses_are_those_of_reading_everything(name: str) -> None:
     whole, detached = a_model(False), a_model(True)
     for model in (whole, detached):
@@ -48,7 +48,7 @@ def test_evaluation_with_a_shared_beginning_is_the_sum_over_single_examples() ->
     assert together[1] == sum(count for _, count in alone)
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", attention.register()])
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_the_gradient_is_that_of_a_model_to_which_the_beginning_is_constant(name: str) -> None:
     """Reference: autograd over one example at a time, on keys and values of the beginning that carry no gradient."""
     model = a_model(True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import autograd_reference
 import numpy as np
 import pytest
 import tiny_llama
@@ -87,7 +88,7 @@ def test_rows_of_the_real_base_are_the_gradients_of_each_example_alone(base):
     rows = model.example_gradients(made).gradients
 
     for row, example in zip(rows, made, strict=True):
-        model.mean_loss_gradient([example])
+        autograd_reference.mean_loss_gradient(model, [example])
         alone = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         assert (row - alone).norm() <= 2e-5 * alone.norm()
 
@@ -115,10 +116,10 @@ def test_plain_peft_on_the_dequantised_base_gives_our_logits(base, tmp_path):
 
     theirs = PeftModel.from_pretrained(dense, tmp_path).eval()
 
-    assert base.tokenizer.encode(text) == tokenizer.encode(text)
+    assert base.tokenizer(text)["input_ids"] == tokenizer.encode(text)
     assert base.tokenizer.chat_template == tokenizer.chat_template
     with torch.no_grad():
-        torch.testing.assert_close(ours.peft_model(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.module(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=3e-4)
     for name, layer in base.module.named_modules():
         if name.endswith("_proj"):
             expected = theirs.get_submodule(f"base_model.model.{name}")

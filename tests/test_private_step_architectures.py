@@ -41,13 +41,13 @@ def opacus_hooks(
     plain = get_peft_model(tiny_architectures.module(family), config).train(is_trained)
     for part in plain.modules():  # Opacus hooks record of what is in training mode only
         part.training |= isinstance(part, torch.nn.Linear)
-    values = dict(ours.peft_model.named_parameters())
+    values = dict(ours.module.named_parameters())
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             if "lora_" in name:
                 parameter.copy_(values[name])
                 parameter.requires_grad_(values[name].requires_grad)
-    names = {id(parameter): name for name, parameter in ours.peft_model.named_parameters()}
+    names = {id(parameter): name for name, parameter in ours.module.named_parameters()}
     theirs = dict(plain.named_parameters())
     trained = [theirs[names[id(parameter)]] for parameter in ours.parameters()]
     return GradSampleModule(plain, batch_first=True, loss_reduction="sum", strict=False), trained

@@ -15,8 +15,8 @@ from fedmini import local, planning
 from fedmini.contributor import Contributor, contribute_together
 from fedmini.model import together
 from fedmini.model.lora import LoraModel
-from fedmini.model.together import GradientRequest
-from fedmini.privacy import encoding
+from fedmini.model.together import GradientRequest, LossRequest
+from fedmini.privacy import clipping, encoding
 from fedmini.privacy.noise import RandomStream
 from fedmini.types import EncodedExample, LoraShape, Manifest, TrainTask
 from tests import tiny_llama, tiny_run
@@ -69,6 +69,22 @@ def test_every_device_is_answered_at_its_own_adapter(trained, targets, tokens_at
         assert_close(answer.rows, expected.rows)
         assert answer.losses == pytest.approx(expected.losses, rel=1e-5)
         assert answer.num_targets.tolist() == expected.num_targets.tolist()
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 20, 1000])
+@pytest.mark.parametrize("prefix", [(), (3, 4, 5, 6)])
+def test_devices_that_only_measure_are_told_their_own_losses(tokens_at_once: int, prefix: tuple[int, ...]) -> None:
+    model = a_model("AB", EVERYTHING, detached_prefix=prefix)
+    examples = [
+        [_with_prefix(example, prefix if index else ()) for index, example in enumerate(own)] for own in EXAMPLES
+    ]
+    requests = [LossRequest(own, 2) for own in examples]
+    for request, answer in zip(requests, together.answer_together(model, requests, tokens_at_once), strict=True):
+        expected = together.answer_alone(model, request)
+        assert np.array_equal(expected.losses, model.mean_losses(request.examples, 2))
+        assert answer.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert answer.num_targets.tolist() == expected.num_targets.tolist()
+        assert len(answer.rows) == len(expected.rows) == 0
 
 
 def test_devices_with_as_many_examples_each_are_multiplied_as_one_and_come_to_the_same() -> None:
@@ -232,8 +248,6 @@ def test_without_clipping_the_bound_would_be_passed(tmp_path: Path, monkeypatch:
     model = a_model()
     manifest = a_manifest(model, tmp_path, "example-shared", sampling_rate=1.0)
     devices = [Contributor(str(index), own, model, manifest, STREAMS) for index, own in enumerate(EXAMPLES)]
-    monkeypatch.setattr(
-        local.clipping, "clip_rows", lambda rows, clip_norm: (rows * 1e3, np.zeros(len(rows), np.bool_))
-    )
+    monkeypatch.setattr(clipping, "factor", lambda norm, clip_norm: 1e3)
     with pytest.raises(Exception, match="expected a clipped vector"):
         list(contribute_together(devices, a_task(manifest)))

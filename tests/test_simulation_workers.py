@@ -153,8 +153,13 @@ def test_a_short_run_gets_no_workers_and_a_long_one_as_many_as_there_are_cores(t
     changes = {"rounds": {"cohort_size": 400, "min_survivors": 400, "num_rounds": 10}}
     config = tiny_run.config(tmp_path, "device-server", changes)
     manifest = a_manifest(config)  # 10 rounds of 400 devices with 6 examples of 64 tokens: 1.5 million
-    assert automatic.num_workers(config, manifest, base_bytes=6 * 10**6) == 1
-    assert automatic.num_workers(config, manifest, base_bytes=7 * 10**6) == min(13, len(os.sched_getaffinity(0)))
+    most = min(13, len(os.sched_getaffinity(0)))
+    assert automatic.num_workers(config, manifest, base_bytes=2_500_000) == 1
+    assert automatic.num_workers(config, manifest, base_bytes=2_700_000) == most
+    longer = tiny_run.config(tmp_path, "device-server", {"rounds": changes["rounds"] | {"num_rounds": 30}})
+    assert automatic.num_workers(longer, a_manifest(longer), base_bytes=1) == most, (
+        "a small base's tokens take time too"
+    )
 
 
 def test_a_batch_has_as_many_devices_as_fit_its_memory(tmp_path: Path) -> None:

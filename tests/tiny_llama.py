@@ -1,5 +1,6 @@
 """A random two-layer Llama (hidden size 32, 64 words) as the model tests use it: nothing is downloaded."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import gguf
@@ -8,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedmini.model import packed_base
+from fedmini.model.llama_parts import LlamaConfig as OurConfig
 from fedmini.model.loading import Base
 from fedmini.types import EncodedExample, LoraShape
 
@@ -65,6 +68,24 @@ def llama(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
 
 def base(seed: int = 0) -> Base:
     return Base(llama(seed), tokenizer(), "0" * 64, torch.float32, torch.device("cpu"), "dense")
+
+
+def our_base(seed: int = 0, compute_dtype: torch.dtype = torch.float32) -> Base:
+    """The same model as `base`, as fedmini's own Llama."""
+    module = llama(seed)
+    settings = module.config.to_dict()
+    config = {field.name: settings.get(field.name) for field in fields(OurConfig)}
+    config["rope_theta"] = settings["rope_parameters"]["rope_theta"]
+    weights = dict(module.named_parameters())
+    cpu = torch.device("cpu")
+    return Base(
+        packed_base.build_module(config, weights, compute_dtype, cpu),
+        tokenizer(),
+        "0" * 64,
+        compute_dtype,
+        cpu,
+        "packed",
+    )
 
 
 def examples(lengths: tuple[int, ...], seed: int = 0) -> list[EncodedExample]:

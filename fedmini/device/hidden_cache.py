@@ -20,12 +20,14 @@ class HiddenCache:
     """Up to `max_bytes` of states, each in a file that is mapped while it is opened. What came first stays.
 
     `sealer` gives what encrypts, and is asked at each `keep_only`: once the store is erased, nothing of before can be opened.
-    A disk that is full or fails costs time, never a round.
+    A disk that is full or fails costs time, never a round. One process writes here, in one thread at a time: the lock of the
+    device's folder sees to it. So the folder is looked through once, and what it holds is counted from then on.
     """
 
     def __init__(self, folder: Path, max_bytes: int, sealer: Callable[[], Sealer]) -> None:
         self._folder, self._max_bytes, self._sealer = folder, max_bytes, sealer
         self._current: Sealer | None = None
+        self._total_bytes: int | None = None  # None: to be looked up
 
     def __repr__(self) -> str:
         return f"HiddenCache({str(self._folder)!r})"
@@ -49,7 +51,8 @@ class HiddenCache:
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, exist_ok=True)
             place = self._folder / sealer.blinded(name)
-            if self._size_bytes(but=place) + len(content) + OVERHEAD_BYTES > self._max_bytes:
+            total = self._size_bytes() + len(content) + OVERHEAD_BYTES - _size_bytes(place)
+            if total > self._max_bytes:
                 return
             descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)  # 0600
             try:
@@ -59,6 +62,7 @@ class HiddenCache:
             except OSError:
                 os.unlink(partial)
                 raise
+            self._total_bytes = total
 
     def keep_only(self, names: set[bytes]) -> None:
         """Let go of every other example's: it was erased, has expired, or is another run's."""
@@ -68,10 +72,11 @@ class HiddenCache:
             for path in list(self._folder.iterdir()):
                 if path.name not in kept:
                     path.unlink(missing_ok=True)
+        self._total_bytes = None
 
     def erase(self) -> None:
         """Delete all of it. Raises StateError where the disk refuses."""
-        self._current = None
+        self._current = self._total_bytes = None
         try:
             if self._folder.exists():
                 for path in list(self._folder.iterdir()):
@@ -84,9 +89,18 @@ class HiddenCache:
             self._current = self._sealer()
         return self._current
 
-    def _size_bytes(self, but: Path) -> int:
+    def _size_bytes(self) -> int:
+        if self._total_bytes is not None:
+            return self._total_bytes
         with os.scandir(self._folder) as entries:
-            return sum(entry.stat().st_size for entry in entries if entry.name != but.name)
+            return sum(entry.stat().st_size for entry in entries)
+
+
+def _size_bytes(place: Path) -> int:
+    """Of what stands there; 0 where nothing does."""
+    with contextlib.suppress(FileNotFoundError):
+        return place.stat().st_size
+    return 0
 
 
 @contextlib.contextmanager

@@ -52,9 +52,9 @@ def tell_partition(message: Message, context: Context) -> Message:
 
 def contribute(message: Message, context: Context) -> Message:
     """One device's contribution to a round; the reason of an error never holds what somebody typed."""
-    from fedmini.flower_apps import simulated_devices
-
     try:
+        from fedmini.flower_apps import simulated_devices
+
         task = messages.unpack_task(message.content)
         contribution = simulated_devices.contribute(task, _partition(context).index)
     except FedMiniError as error:

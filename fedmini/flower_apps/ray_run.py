@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 REACHABLE_S = 10.0
+WORKERS: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # one that was killed is started anew
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -112,7 +113,7 @@ def _run(prepared: Any) -> SimulationResult:
             server_app=server,
             client_app=client_app.app,
             num_supernodes=len(prepared.setup.devices),
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            backend_config={"client_resources": WORKERS},
         )
     except FedMiniError:
         raise

@@ -1,71 +1,88 @@
-"""LoRA put on a base through PEFT, and refused by name where its gradients would be silently wrong."""
+"""LoRA put on a base, and refused by name where its gradients would be silently wrong."""
 
 import copy
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING, Union, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from fedmini.errors import ConfigError
-from fedmini.model import packed_layers
-from fedmini.model.gradients import RecordingLinear
+from fedmini.model.gradients import LoraLayer, LoraLinear
+from fedmini.model.llama import Llama
 from fedmini.types import LoraShape
 
-_ADAPTER = "default"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Causal = Union[Llama, "PreTrainedModel"]  # what answers with logits: our own for a packed base, else transformers'
+_PEFT_PREFIX = "base_model.model."
 
 
-def adapt(module: PreTrainedModel, shape: LoraShape) -> PeftModel:
-    """A PEFT model over `module`, which stays as it was: the tree is copied, its tensors are shared.
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A base that carries LoRA."""
+
+    module: nn.Module  # answers as the base does, with LoRA
+    causal: Causal  # the same, as the base's own class
+    tensors: Mapping[str, nn.Parameter]  # LoRA's, by their names in adapter_model.safetensors, sorted
+
+    @property
+    def layers(self) -> Iterable[LoraLayer]:
+        """The adapted layers, in the order of the model."""
+        return [part for part in self.module.modules() if isinstance(part, LoraLayer)]
+
+
+def adapt(module: Causal, shape: LoraShape) -> Adapted:
+    """LoRA on `module`, which stays as it was: the tree is copied, its tensors are shared.
 
     LoRA tensors are float32 on the device of the layer they adapt. Raises ConfigError for a target that is unknown,
     an embedding, the head or shared, for layers out of range, and where nothing would be adapted.
     """
-    check_shape(module, shape)
+    targets = check_shape(module, shape)
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    config = lora_config(shape)
-    config._register_custom_module({nn.Linear: RecordingLinear})
-    with torch.random.fork_rng(devices=[]), packed_layers.only_described(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = get_peft_model(copy.deepcopy(module, shared), config, adapter_name=_ADAPTER)
-    for layer in lora_layers(adapted):
-        accelerator = next(chain(layer.base_layer.parameters(), layer.base_layer.buffers())).device
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(module, Llama):
+            adapted = _adapt_ours(module, shape, targets, shared)
+        else:
+            adapted = _adapt_through_peft(module, shape, shared)
+    for layer in adapted.layers:
+        accelerator = next(chain(layer.frozen.parameters(), layer.frozen.buffers())).device
         layer.lora_A.to(accelerator, torch.float32)
         layer.lora_B.to(accelerator, torch.float32)
         layer.lora_A.requires_grad_(shape.trained == "AB")
         layer.lora_B.requires_grad_(True)
-    return adapted.eval()
+    adapted.module.eval()
+    return adapted
 
 
-def lora_config(shape: LoraShape) -> LoraConfig:
-    """PEFT's description of a shape."""
-    return LoraConfig(
-        r=shape.lora_rank,
-        lora_alpha=shape.lora_alpha,  # type: ignore[arg-type]
-        target_modules=sorted(shape.target_modules),
-        layers_to_transform=None if shape.layers is None else sorted(shape.layers),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+def _adapt_ours(llama: Llama, shape: LoraShape, targets: Iterable[str], shared: dict[int, torch.Tensor]) -> Adapted:
+    copied = copy.deepcopy(llama, shared)
+    for name in targets:
+        linear = copied.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        copied.set_submodule(name, LoraLinear(linear, shape.lora_rank, shape.lora_alpha / shape.lora_rank))
+    tensors = {_PEFT_PREFIX + name: tensor for name, tensor in copied.named_parameters() if ".lora_" in name}
+    return Adapted(copied, copied, dict(sorted(tensors.items())))
 
 
-def lora_layers(adapted: PeftModel) -> Iterable[RecordingLinear]:
-    """The adapted layers, in the order of the model."""
-    return [module for module in adapted.modules() if isinstance(module, RecordingLinear)]
+def _adapt_through_peft(module: "PreTrainedModel", shape: LoraShape, shared: dict[int, torch.Tensor]) -> Adapted:
+    from fedmini.model import peft_layers  # PEFT and transformers take seconds to import
+
+    model = peft_layers.adapt(module, shape, shared)
+    named = {peft_layers.name_in_file(name): tensor for name, tensor in model.named_parameters()}
+    tensors = {name: named[name] for name in sorted(named) if ".lora_" in name}
+    return Adapted(model, cast("PreTrainedModel", model.get_base_model()), tensors)
 
 
-def peft_name(parameter_name: str) -> str:
-    """A LoRA parameter's name as it stands in adapter_model.safetensors."""
-    return parameter_name.replace(f".{_ADAPTER}.", ".")
+def check_shape(module: Causal, shape: LoraShape) -> list[str]:
+    """The layers that a shape adapts, by name.
 
-
-def check_shape(module: PreTrainedModel, shape: LoraShape) -> None:
-    """Raise ConfigError, naming what is wrong, unless every target is a plain linear layer of a decoder layer."""
-    if any(isinstance(layer, RecordingLinear) for layer in module.modules()):
+    Raises ConfigError, naming what is wrong, unless every target is a plain linear layer of a decoder layer.
+    """
+    if any(isinstance(layer, LoraLayer) for layer in module.modules()):
         raise ConfigError("this base already carries LoRA: give the bare base")
     linears = _linears_in_layers(module)
     known = sorted({name.rsplit(".", 1)[1] for _, name in linears})
@@ -87,9 +104,10 @@ def check_shape(module: PreTrainedModel, shape: LoraShape) -> None:
     if not chosen:
         raise ConfigError("lora: no layer would be adapted; name at least one layer and one target module")
     _refuse_shared(module, chosen)
+    return chosen
 
 
-def _linears_in_layers(module: PreTrainedModel) -> list[tuple[int, str]]:
+def _linears_in_layers(module: Causal) -> list[tuple[int, str]]:
     """(layer index, full name) of each linear module inside a numbered decoder layer."""
     found = []
     for name, part in module.named_modules(remove_duplicate=False):
@@ -101,11 +119,11 @@ def _linears_in_layers(module: PreTrainedModel) -> list[tuple[int, str]]:
     return found
 
 
-def _is_embedding_or_head(module: PreTrainedModel, part: nn.Module) -> bool:
-    return isinstance(part, nn.Embedding) or part is module.get_output_embeddings()  # type: ignore[no-untyped-call]
+def _is_embedding_or_head(module: Causal, part: nn.Module) -> bool:
+    return isinstance(part, nn.Embedding) or part is module.get_output_embeddings()
 
 
-def _refuse_shared(module: PreTrainedModel, chosen: list[str]) -> None:
+def _refuse_shared(module: Causal, chosen: list[str]) -> None:
     owners: dict[int, str] = {}
     for name, part in module.named_modules(remove_duplicate=False):
         if not isinstance(part, nn.Linear | nn.Embedding):

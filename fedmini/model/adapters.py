@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedmini import files
 from fedmini.errors import ModelMismatchError, StateError
 from fedmini.model import frozen_draw
-from fedmini.model.adaptation import lora_config
 from fedmini.types import Adapter, LoraShape
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -35,27 +33,34 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
 
     Each file appears whole or not at all. Raises StateError where the folder can't be written.
     """
-    config = lora_config(shape)
-    config.base_model_name_or_path = base_name
-    config.inference_mode = True
-    described = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
-        if not key.startswith("_")
-    }
     # One entry: safetensors writes several in any order, and the same adapter must give the same bytes.
     header = {_HEADER: json.dumps({"trained": shape.trained, "seed": shape.seed})}
     ordered = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.replace_synced(folder / TENSORS_FILE, save(ordered, metadata=header))
-        files.replace_synced(
-            folder / CONFIG_FILE, json.dumps(described, indent=2, sort_keys=True, default=str).encode()
-        )
+        described = json.dumps(_described(shape, base_name), indent=2, sort_keys=True)
+        files.replace_synced(folder / CONFIG_FILE, described.encode())
     except OSError as error:
         raise StateError(
             f"can't write the adapter to {folder}: {error.strerror}; make room or mend the folder, then run with --resume"
         ) from error
+
+
+def _described(shape: LoraShape, base_name: str) -> dict[str, Any]:
+    """What PEFT's LoraConfig is made from; it takes its own defaults for the rest."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": shape.lora_rank,
+        "lora_alpha": shape.lora_alpha,
+        "target_modules": sorted(shape.target_modules),
+        "layers_to_transform": None if shape.layers is None else sorted(shape.layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
 
 
 def load_peft(folder: Path) -> tuple[LoraShape, Adapter]:
@@ -98,9 +103,12 @@ def _read_shape(folder: Path) -> LoraShape:
         raise StateError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelMismatchError(f"{path} does not describe a LoRA adapter")
-    defaults = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
-    for key, value in config.items():
-        if key not in (*_READ, *_HARMLESS) and value and value != defaults.get(key):
+    others = {key: value for key, value in config.items() if key not in (*_READ, *_HARMLESS) and value}
+    if config.get("bias") == "none":
+        others.pop("bias", None)
+    defaults = _defaults_of_peft() if others else {}
+    for key, value in others.items():
+        if value != defaults.get(key):
             raise ModelMismatchError(f"{path}: {key} is set; only plain LoRA is supported")
     rank: Any = config.get("r")
     alpha, targets, layers = (config.get(key) for key in _READ[1:])
@@ -112,6 +120,13 @@ def _read_shape(folder: Path) -> LoraShape:
     if layers is not None and not (isinstance(layers, list) and layers and all(_is_count(layer) for layer in layers)):
         raise ModelMismatchError(f"{path}: layers_to_transform must be a list of layer numbers")
     return LoraShape(rank, float(alpha), tuple(targets), None if layers is None else tuple(layers), "AB", 0)
+
+
+def _defaults_of_peft() -> dict[str, Any]:
+    from peft import LoraConfig  # takes a second: only for an adapter that PEFT itself wrote
+
+    defaults: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    return defaults
 
 
 def _is_count(value: Any, limit: int = 10_000) -> bool:

@@ -1,4 +1,4 @@
-"""From C++ sources to a library in the cache, built on first use by the compiler that is there.
+"""From C++ sources to one library in the cache, built on first use by the compiler that is there.
 
 One library is kept for each version of the sources, of torch and of the flags, and for each level that torch runs at
 (AVX-512, AVX2, neither): a cache that different processors share hands none of them what only another can run.
@@ -21,8 +21,9 @@ import torch
 from fedmini.errors import ConfigError
 from fedmini.model import cache
 
-_SOURCE, *_HEADERS = (Path(__file__).with_name(name) for name in ("dequantise.cpp", "lanes.h"))
-_LIBRARY = "dequantise.so"
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("dequantise.cpp", "layers.cpp"))
+_HEADERS = (Path(__file__).with_name("lanes.h"),)
+_LIBRARY = "fedmini_kernels.so"
 _FLAGS = ("-O3", "-ffp-contract=off", *(("-fopenmp",) if sys.platform == "linux" else ()))
 _FLAGS_OF_LEVEL = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
@@ -47,7 +48,7 @@ def _key(flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for part in (*flags, torch.__version__, sys.platform, platform.machine()):
         digest.update(part.encode() + b"\0")
-    for source in (_SOURCE, *_HEADERS):
+    for source in (*_SOURCES, *_HEADERS):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -60,7 +61,7 @@ def _build(flags: tuple[str, ...], folder: Path) -> Mapping[str, Any]:
 
             load(
                 name=Path(_LIBRARY).stem,
-                sources=[str(_SOURCE)],
+                sources=[str(source) for source in _SOURCES],
                 extra_cflags=list(flags),
                 extra_ldflags=[flag for flag in flags if flag == "-fopenmp"],
                 build_directory=str(folder),

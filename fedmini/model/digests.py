@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+
+from fedmini.model.tokenizer import Tokenizer
 
 
 def file_digest(path: Path) -> str:
@@ -30,14 +31,18 @@ def weights_digest(tensors: Mapping[str, Callable[[], torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 over what decides how text becomes tokens: the tokenizer, its special tokens and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
+    rules: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else _vocabulary(tokenizer)
     for changing in ("padding", "truncation"):  # set by whoever called the tokenizer last
         rules.pop(changing, None)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     return _json_digest({"rules": rules, "ids": ids, "chat_template": tokenizer.chat_template})
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, Any]:
+    return dict(tokenizer.get_vocab())
 
 
 def base_fingerprint(

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
-from fedmini.model.gradients import RecordingLinear
+from fedmini.model import llama, native
+from fedmini.model.adaptation import Causal
+from fedmini.model.gradients import LoraLayer
+from fedmini.model.llama import Llama
 from fedmini.model.loading import Base
 from fedmini.model.loss import TokenBatch
 from fedmini.types import EncodedExample
@@ -58,15 +59,13 @@ class FrozenLayers:
     computed from the example by itself, so it differs from that of a batch by float rounding, and in float32 mostly by none.
     """
 
-    def __init__(self, causal: PreTrainedModel, base: Base, kept: KeptStates) -> None:
-        self._model: nn.Module = causal.base_model
+    def __init__(self, causal: Causal, base: Base, kept: KeptStates) -> None:
+        self._model: Any = causal.base_model
         self._kept = kept
         self._layers, self._num_lower = _decoder_layers(causal)
         self._dtype, self._accelerator = base.compute_dtype, base.accelerator
         about = f"{base.weights_digest} {base.weights} {type(causal).__name__} {self._dtype} {self._num_lower}"
-        self._context = hashlib.sha256(
-            f"{about} torch {torch.__version__} transformers {transformers.__version__}".encode()
-        ).digest()
+        self._context = hashlib.sha256(f"{about} {_programs(causal)}".encode()).digest()
         if self._num_lower and not self._agrees():
             self._num_lower = 0
 
@@ -149,9 +148,18 @@ class FrozenLayers:
         return torch.allclose(plain, again, rtol=CLOSE, atol=CLOSE * float(plain.abs().max()))
 
 
-def _decoder_layers(causal: PreTrainedModel) -> tuple[list[nn.Module], int]:
+def _programs(causal: Causal) -> str:
+    """Whose versions decide what layers say, digit by digit."""
+    if isinstance(causal, Llama):
+        return f"torch {torch.__version__} llama {llama.REVISION} {native.current() is not None}"
+    import transformers
+
+    return f"torch {torch.__version__} transformers {transformers.__version__}"
+
+
+def _decoder_layers(causal: Causal) -> tuple[list[nn.Module], int]:
     """The model's numbered layers, and how many of them lie below the lowest adapted one."""
-    places = [name.split(".") for name, part in causal.named_modules() if isinstance(part, RecordingLinear)]
+    places = [name.split(".") for name, part in causal.named_modules() if isinstance(part, LoraLayer)]
     numbered = [next(at for at, piece in enumerate(place) if piece.isdecimal()) for place in places]
     stacks = {tuple(place[:at]) for place, at in zip(places, numbered, strict=True)}
     if len(stacks) != 1:

@@ -1,14 +1,18 @@
 """A reply, token by token."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmini.errors import ConfigError
+from fedmini.model.adaptation import Causal
+from fedmini.model.attention import KeyValueCache
+from fedmini.model.llama import Llama
 from fedmini.model.packed_layers import PackedHead, PackedLinear
+from fedmini.model.tokenizer import Tokenizer
 
 _MARK, _MARKED = "Fedmini message mark {}.", re.compile(r"Fedmini message mark (\d+)\.")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character whose bytes are not all there yet
@@ -29,8 +33,8 @@ GREEDY = Sampling()
 
 
 def reply(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Causal,
+    tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, str]],
     sampling: Sampling,
 ) -> Iterator[str]:
@@ -43,7 +47,7 @@ def reply(
     return _pieces(tokenizer, _tokens(model, prompt, _ends_of_turn(model, tokenizer), sampling, num_tokens))
 
 
-def _prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def _prompt_of(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
     if tokenizer.chat_template is None:
         raise ConfigError("this base has no chat template: choose a base that is made for conversations")
     marked = [{**message, "content": _MARK.format(index)} for index, message in enumerate(messages)]
@@ -59,7 +63,7 @@ def _prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[st
     return prompt
 
 
-def _typed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _typed(tokenizer: Tokenizer, text: str) -> list[int]:
     """What a person or the model said, as tokens without a control token among them: as training encodes it."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -67,35 +71,50 @@ def _typed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [token for token in tokens if token not in control]
 
 
-def _ends_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
+def _ends_of_turn(model: Causal, tokenizer: Tokenizer) -> set[int]:
+    said_by = model.config if isinstance(model, Llama) else model.generation_config
+    configured = getattr(said_by, "eos_token_id", None)
     ends = set(configured) if isinstance(configured, list) else {configured}
     return {int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None}
 
 
-def _tokens(
-    model: PreTrainedModel, prompt: list[int], ends: set[int], sampling: Sampling, num_tokens: int
-) -> Iterator[int]:
-    device = model.device
+def _tokens(model: Causal, prompt: list[int], ends: set[int], sampling: Sampling, num_tokens: int) -> Iterator[int]:
+    device, answer = model.device, _answering(model)
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    cache, step = DynamicCache(config=model.config), prompt
+    step = prompt
     _hold_dense(model, model.dtype if sampling.hold_dense else None)
     try:
         for _ in range(num_tokens):
             with torch.no_grad():
                 tokens = torch.tensor([step], device=device)
-                output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = _choose(output.logits[0, -1].float().cpu(), sampling, generator)
+                logits = answer(tokens)
+            token = _choose(logits[0, -1].float().cpu(), sampling, generator)
             if token in ends:
                 return
             yield token
             step = [token]
     finally:
         _hold_dense(model, None)
+
+
+def _answering(model: Causal) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Gives the logits behind the last of the tokens so far, which it remembers."""
+    if isinstance(model, Llama):
+        ours = KeyValueCache()
+        return lambda tokens: model.forward(tokens, ours, logits_to_keep=1).logits
+    from transformers import DynamicCache
+
+    cache, theirs = DynamicCache(config=model.config), cast(Any, model)
+
+    def answer(tokens: torch.Tensor) -> torch.Tensor:
+        output = theirs(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cast(torch.Tensor, output.logits)
+
+    return answer
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -107,7 +126,7 @@ def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
+def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """What each token adds to the text. Tokens since the last whole word are decoded anew: a word may join two."""
     pending: list[int] = []
     said = ""
@@ -125,11 +144,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterat
         yield rest[len(said) :]
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _hold_dense(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+def _hold_dense(model: Causal, dtype: torch.dtype | None) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear | PackedHead):
             module.hold_dense(dtype)

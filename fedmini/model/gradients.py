@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import Linear
+from torch import nn
 
 from fedmini.errors import ConfigError
 
@@ -39,24 +39,24 @@ class Devices:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Where one backward adds its gradients. A row is an example's; where `sums` is true, a device's."""
+    """Where one backward adds its gradients: to a row for each example, or to the rows that `rows` says."""
 
     flat: torch.Tensor  # (num_rows, num_parameters), float32
     devices: Devices | None = None  # None: every example is computed with the model's own adapter
-    sums: bool = False
+    rows: torch.Tensor | None = None  # (num_examples,), int64; where there are devices, an example's is its owner's
 
     def add(self, place: int, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
-        """Add left^T right of each row, times the factor: (n, t, rows), (n, t, columns) -> (rows, columns) each."""
-        rows = self.flat[:, place : place + weight.numel()].view(len(self.flat), *weight.shape)
-        if not self.sums:
-            rows.baddbmm_(left.transpose(1, 2), right, alpha=factor)
-            return
-        assert self.devices is not None, "only devices have sums"
-        left, right = self.devices.split(left), self.devices.split(right)
-        if self.devices.num_each is None:
-            rows.index_add_(0, self.devices.owners, left.transpose(1, 2) @ right, alpha=factor)
+        """Add left^T right of each example, times the factor: (n, t, rows), (n, t, columns) -> (rows, columns) each."""
+        goal = self.flat[:, place : place + weight.numel()].view(len(self.flat), *weight.shape)
+        if self.rows is None:
+            goal.baddbmm_(left.transpose(1, 2), right, alpha=factor)
+        elif len(self.flat) == 1:
+            goal[0].addmm_(left.flatten(0, 1).t(), right.flatten(0, 1), alpha=factor)
+        elif self.devices is not None and self.devices.num_each is not None:
+            left, right = self.devices.split(left), self.devices.split(right)
+            goal.baddbmm_(left.transpose(1, 2), right, alpha=factor)
         else:
-            rows.baddbmm_(left.transpose(1, 2), right, alpha=factor)
+            goal.index_add_(0, self.rows, left.transpose(1, 2) @ right, alpha=factor)
 
 
 @dataclass(slots=True)
@@ -79,8 +79,8 @@ class GradientRecorder:
             self.recording = None
 
 
-class RecordingLinear(Linear):
-    """PEFT's LoRA layer; while its recorder is on, backward records instead of filling `.grad`.
+class LoraLayer:
+    """A linear layer that carries LoRA; while its recorder is on, backward records instead of filling `.grad`.
 
     Row i of the input is example i; the first dimension is the batch. `place_of_a`, `place_of_b`: where the tensors'
     coordinates begin in a row; None for one that is frozen. What is recorded equals autograd's gradient of each
@@ -90,11 +90,34 @@ class RecordingLinear(Linear):
     recorder: GradientRecorder
     place_of_a: int | None
     place_of_b: int | None
+    lora_A: Any  # as PEFT names them: what holds the tensors
+    lora_B: Any
 
     def attach(self, recorder: GradientRecorder, place_of_a: int | None, place_of_b: int | None) -> None:
         self.recorder, self.place_of_a, self.place_of_b = recorder, place_of_a, place_of_b
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    @property
+    def frozen(self) -> nn.Module:
+        """The layer that is adapted."""
+        raise NotImplementedError
+
+    @property
+    def a(self) -> nn.Parameter:
+        """(lora_rank, num_inputs)"""
+        raise NotImplementedError
+
+    @property
+    def b(self) -> nn.Parameter:
+        """(num_outputs, lora_rank)"""
+        raise NotImplementedError
+
+    @property
+    def factor(self) -> float:
+        """What the product of the two tensors is multiplied with."""
+        raise NotImplementedError
+
+    def recorded(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The answer whose backward records; None where nothing is recorded. Ends the step where `check` raises."""
         self.recorder.check()
         if x.dim() != 3:
             raise ConfigError(
@@ -103,23 +126,44 @@ class RecordingLinear(Linear):
             )
         recording = self.recorder.recording
         if recording is None or (recording.devices is None and not torch.is_grad_enabled()):
-            plain: torch.Tensor = super().forward(x, *args, **kwargs)
-            return plain
-        result: torch.Tensor = _RecordedLora.apply(self.base_layer(x), x, self.a, self.b, self)  # type: ignore[no-untyped-call]
+            return None
+        result: torch.Tensor = _RecordedLora.apply(self.frozen(x), x, self.a, self.b, self)  # type: ignore[no-untyped-call]
         return result
 
-    @property
-    def a(self) -> torch.nn.Parameter:
-        return cast(torch.nn.Parameter, self.lora_A[self.active_adapters[0]].weight)
+
+class LoraLinear(LoraLayer, nn.Module):
+    """LoRA on a linear layer of our own Llama, without dropout: what PEFT's layer computes."""
+
+    def __init__(self, frozen: nn.Linear, lora_rank: int, factor: float) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = frozen
+        device = next(iter((*frozen.parameters(), *frozen.buffers()))).device
+        self.lora_A = nn.Linear(frozen.in_features, lora_rank, bias=False, device=device)
+        self.lora_B = nn.Linear(lora_rank, frozen.out_features, bias=False, device=device)
+        self._factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (recorded := self.recorded(x)) is not None:
+            return recorded
+        base: torch.Tensor = self.base_layer(x)
+        update: torch.Tensor = self.lora_B(self.lora_A(x.to(self.a.dtype))) * self._factor
+        return (base + update).to(base.dtype)
 
     @property
-    def b(self) -> torch.nn.Parameter:
-        return cast(torch.nn.Parameter, self.lora_B[self.active_adapters[0]].weight)
+    def frozen(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def a(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.lora_A.weight)
+
+    @property
+    def b(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.lora_B.weight)
 
     @property
     def factor(self) -> float:
-        """What the product of the two tensors is multiplied with."""
-        return float(self.scaling[self.active_adapters[0]])
+        return self._factor
 
 
 class _RecordedLora(torch.autograd.Function):
@@ -132,7 +176,7 @@ class _RecordedLora(torch.autograd.Function):
         x: torch.Tensor,
         a: torch.nn.Parameter,
         b: torch.nn.Parameter,  # an argument, so that the lowest adapted layer takes part in backward
-        layer: RecordingLinear,
+        layer: LoraLayer,
     ) -> torch.Tensor:
         recording = layer.recorder.recording
         assert recording is not None
@@ -148,7 +192,7 @@ class _RecordedLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layer: RecordingLinear = ctx.layer
+        layer: LoraLayer = ctx.layer
         layer.recorder.check()
         recording = layer.recorder.recording
         assert recording is not None, "backward ran after recording had ended"

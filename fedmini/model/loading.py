@@ -1,27 +1,27 @@
 """A base from the configuration: packaged, a GGUF file, a transformers folder or a hub id."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmini.config import BaseSection
 from fedmini.errors import ConfigError
-from fedmini.model import cache, compute, native, packaged, packed_base, pretrained
+from fedmini.model import cache, compute, native, packaged, packed_base
+from fedmini.model.adaptation import Causal
+from fedmini.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """A frozen causal language model, ready to carry LoRA, and what identifies it."""
 
-    module: PreTrainedModel  # eval mode, no parameter requires a gradient
-    tokenizer: PreTrainedTokenizerBase
+    module: Causal  # eval mode, no parameter requires a gradient
+    tokenizer: Tokenizer
     weights_digest: str  # SHA-256 over the published weights in float32, however they are held
     compute_dtype: torch.dtype
     accelerator: torch.device
@@ -41,25 +41,29 @@ def load_base(source: BaseSection, cache_dir: Path, note: Callable[[str], None])
     """
     accelerator = compute.choose_accelerator(source.accelerator)
     compute_dtype = compute.choose_compute_dtype(source.compute_dtype, accelerator)
+    gguf = _gguf_of(source, cache_dir)
+    if gguf is None:
+        with _quiet_transformers():
+            return _load_folder(source, (compute_dtype, accelerator), cache_dir, note)
+    if source.weights not in ("auto", "packed"):
+        raise ConfigError(f'a GGUF stays packed: base.weights must be "auto" or "packed", got "{source.weights}"')
+    path, digest = gguf
+    if accelerator.type == "cpu":
+        native.prepare(cache_dir, note)
+    cached = cache.open_or_build(cache_dir, digest, partial(_repack, path), note)
+    return Base(
+        module=packed_base.load_module(cached, compute_dtype, accelerator),
+        tokenizer=packed_base.load_tokenizer(cached),
+        weights_digest=str(cached.facts["weights_digest"]),
+        compute_dtype=compute_dtype,
+        accelerator=accelerator,
+        weights="packed",
+    )
+
+
+def _repack(path: Path, folder: Path) -> Mapping[str, Any]:
     with _quiet_transformers():
-        gguf = _gguf_of(source, cache_dir)
-        if gguf is None:
-            folder = source.path if source.path is not None else pretrained.download(str(source.hub_id))
-            return _load_folder(folder, source, (compute_dtype, accelerator), cache_dir, note)
-        if source.weights not in ("auto", "packed"):
-            raise ConfigError(f'a GGUF stays packed: base.weights must be "auto" or "packed", got "{source.weights}"')
-        path, digest = gguf
-        if accelerator.type == "cpu":
-            native.prepare(cache_dir, note)
-        cached = cache.open_or_build(cache_dir, digest, partial(packed_base.repack, path), note)
-        return Base(
-            module=packed_base.load_module(cached, compute_dtype, accelerator),
-            tokenizer=packed_base.load_tokenizer(cached),
-            weights_digest=str(cached.facts["weights_digest"]),
-            compute_dtype=compute_dtype,
-            accelerator=accelerator,
-            weights="packed",
-        )
+        return packed_base.repack(path, folder)
 
 
 def _gguf_of(source: BaseSection, cache_dir: Path) -> tuple[Path, str] | None:
@@ -79,13 +83,12 @@ def _gguf_of(source: BaseSection, cache_dir: Path) -> tuple[Path, str] | None:
 
 
 def _load_folder(
-    folder: Path,
-    source: BaseSection,
-    where: tuple[torch.dtype, torch.device],
-    cache_dir: Path,
-    note: Callable[[str], None],
+    source: BaseSection, where: tuple[torch.dtype, torch.device], cache_dir: Path, note: Callable[[str], None]
 ) -> Base:
+    from fedmini.model import pretrained  # transformers takes seconds to import
+
     compute_dtype, accelerator = where
+    folder = source.path if source.path is not None else pretrained.download(str(source.hub_id))
     files = pretrained.check_folder(folder)
     weights = pretrained.choose_weights(source.weights, folder, accelerator, note)
     if weights == "nf4" and accelerator.type == "cpu":
@@ -102,6 +105,8 @@ def _load_folder(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     had_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

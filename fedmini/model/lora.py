@@ -5,12 +5,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from fedmini.errors import ConfigError, ModelMismatchError
 from fedmini.model import adaptation, adapters, digests, frozen_draw, generation, loss, prefix
@@ -52,11 +51,13 @@ class LoraModel:
     ) -> None:
         self.base, self.shape = base, shape
         self._chunk_tokens = loss_chunk_tokens
-        self.peft_model = adaptation.adapt(base.module, shape)
-        self._causal = cast(PreTrainedModel, self.peft_model.get_base_model())
-        self._head: torch.nn.Module = self._causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._adapted = adaptation.adapt(base.module, shape)
+        self._causal = self._adapted.causal
+        self._body: Any = self._causal.base_model
+        self._head: torch.nn.Module = self._causal.get_output_embeddings()
         self._recorder = GradientRecorder()
-        self._tensors = self._draw_frozen()
+        self._tensors = self._adapted.tensors
+        self._draw_frozen()
         self._trained = {name: tensor for name, tensor in self._tensors.items() if tensor.requires_grad}
         self.template: Template = tuple((name, tuple(tensor.shape)) for name, tensor in self._trained.items())
         self.num_parameters = sum(tensor.numel() for tensor in self._trained.values())
@@ -77,6 +78,11 @@ class LoraModel:
         kind = self.base.weights if self.base.weights in ("nf4", "int8") else ""
         tokenizer = digests.tokenizer_digest(self.base.tokenizer)
         return digests.base_fingerprint(self.base.weights_digest, tokenizer, frozen, kind)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The adapted model: for a packed base our own Llama, else PEFT's model over transformers'."""
+        return self._adapted.module
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable tensors, in the template's order."""
@@ -182,23 +188,18 @@ class LoraModel:
         ]
         return [(members, len(self._detached) if wanted else 0) for members, wanted in groups if members]
 
-    def mean_loss_gradient(self, examples: Sequence[EncodedExample]) -> NDArray[np.float64]:
-        """Set each `.grad` to the gradient of the examples' mean loss; give the losses, nats a token, (num_examples,).
+    def mean_gradient(self, examples: Sequence[EncodedExample]) -> tuple[torch.Tensor, NDArray[np.float64]]:
+        """The gradient of the examples' mean loss, float32 (num_parameters,), and each one's loss, nats a token.
 
         The loss is the mean over examples of each one's own mean; without examples the gradient is zero.
         """
-        for tensor in self._trained.values():
-            tensor.grad = torch.zeros_like(tensor)
-        if not examples:
-            return np.zeros(0)
+        total = torch.zeros(1, self.num_parameters, device=self.base.accelerator)
         losses = np.zeros(len(examples))
-        for members, length in self.by_prefix(examples):
-            batch = loss.batch_of([examples[index] for index in members], self.base.accelerator)
-            with self._checkpointing.on():
-                means = batch.mean_of_each(self._target_losses(batch, length))
-                (means.sum() / len(examples)).backward()  # type: ignore[no-untyped-call]
-            losses[members] = means.detach().double().cpu().numpy()
-        return losses
+        for members, length in self.by_prefix(examples) if examples else []:
+            chosen = [examples[index] for index in members]
+            rows = torch.zeros(len(chosen), dtype=torch.int64, device=self.base.accelerator)
+            losses[members], _ = self.record(chosen, length, Recording(total, rows=rows))
+        return total[0] / max(1, len(examples)), losses
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[EncodedExample], batch_size: int) -> tuple[float, int]:
@@ -243,20 +244,17 @@ class LoraModel:
         """The loss of each target, in nats; the first `length` tokens, alike in all examples, carry no gradient."""
         past = self._prefix.read(batch.tokens[0, :length], len(batch.tokens), self._recorder) if length else None
         with nullcontext() if self._frozen is None else self._frozen.answering(batch, length):
-            hidden = self._causal.base_model(
+            hidden = self._body(
                 input_ids=batch.tokens[:, length:], past_key_values=past, use_cache=False
             ).last_hidden_state
         chosen = hidden[batch.rows, batch.columns - length]
         return loss.target_losses(chosen, batch.targets, self._head, self._chunk_tokens)
 
-    def _draw_frozen(self) -> dict[str, torch.nn.Parameter]:
-        """Every LoRA tensor at its first value, sorted by PEFT's name."""
-        parameters = {adaptation.peft_name(name): tensor for name, tensor in self.peft_model.named_parameters()}
-        tensors = {name: parameters[name] for name in sorted(parameters) if ".lora_" in name}
+    def _draw_frozen(self) -> None:
+        """Give every LoRA tensor its first value."""
         with torch.no_grad():
-            for name, tensor in tensors.items():
+            for name, tensor in self._tensors.items():
                 tensor.copy_(torch.from_numpy(self._first_value(name, tuple(tensor.shape))))
-        return tensors
 
     def _first_value(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if name.endswith(".lora_B.weight"):
@@ -268,14 +266,14 @@ class LoraModel:
         for tensor in self._trained.values():
             places[id(tensor)] = place
             place += tensor.numel()
-        for layer in adaptation.lora_layers(self.peft_model):
+        for layer in self._adapted.layers:
             layer.attach(self._recorder, places.get(id(layer.a)), places.get(id(layer.b)))
 
     @torch.no_grad()
     def _check_head(self) -> None:
         """Raise ConfigError where logits are more than the head of the hidden states (capped, scaled, biased)."""
         tokens = torch.tensor([[1, 2, 3]], device=self.base.accelerator)
-        hidden = self._causal.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = self._body(input_ids=tokens, use_cache=False).last_hidden_state
         weight = cast(torch.Tensor, self._head.weight).to(hidden.dtype)
         ours = (hidden @ weight.t()).float()
         theirs = self._causal(input_ids=tokens, use_cache=False).logits.float()

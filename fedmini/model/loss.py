@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedmini.model import native
+from fedmini.model.layer_kernels import DTYPES
 from fedmini.model.packed_layers import PackedHead
 from fedmini.model.runtime import PIECE_WORDS
 from fedmini.model.scratch import scratch
@@ -90,15 +91,18 @@ class _TargetLosses(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             index = targets[chunk].unsqueeze(1)
-            logits = _logits(hidden[chunk], head)
-            logits -= logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, index)
-            total = logits.exp_().sum(dim=1, keepdim=True)
-            losses[chunk] = (total.log() - chosen).squeeze(1)
+            if (kernel := native.current()) is not None and hidden.is_cpu and hidden.dtype in DTYPES:
+                logits = _logits(hidden[chunk], head, hidden.dtype)
+                losses[chunk] = kernel.layers.loss(logits, targets[chunk])  # the logits are now their own gradient
+            else:
+                logits = _logits(hidden[chunk], head, torch.float32)
+                logits -= logits.amax(dim=1, keepdim=True)
+                chosen = logits.gather(1, index)
+                total = logits.exp_().sum(dim=1, keepdim=True)
+                losses[chunk] = (total.log() - chosen).squeeze(1)
+                logits.div_(total).scatter_add_(1, index, torch.full_like(chosen, -1.0))
             if to_hidden is not None:
-                probabilities = logits.div_(total)
-                probabilities.scatter_add_(1, index, torch.full_like(chosen, -1.0))
-                to_hidden[chunk] = _times_head(probabilities, head, hidden.dtype)
+                to_hidden[chunk] = _times_head(logits, head, hidden.dtype)
         ctx.save_for_backward(to_hidden)
         return losses
 
@@ -108,10 +112,10 @@ class _TargetLosses(torch.autograd.Function):
         return to_hidden * gradients[0].to(to_hidden.dtype).unsqueeze(1), None, None, None
 
 
-def _logits(hidden: torch.Tensor, head: nn.Module) -> torch.Tensor:
-    """float32, (chunk_tokens, vocabulary); in this thread's scratch memory."""
+def _logits(hidden: torch.Tensor, head: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """(chunk_tokens, vocabulary), rounded to the type of `hidden` and held in `dtype`, in this thread's scratch memory."""
     num_words = head.out_features if isinstance(head, PackedHead) else len(cast(torch.Tensor, head.weight))
-    logits = scratch("logits", (len(hidden), num_words), torch.float32, hidden.device)
+    logits = scratch("logits", (len(hidden), num_words), dtype, hidden.device)
     for rows, weight in _pieces(head, hidden.dtype):
         logits[:, rows] = hidden @ weight.t()
     return logits

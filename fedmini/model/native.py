@@ -1,6 +1,6 @@
-"""The compiled kernel that dequantises: loaded once a process, done without where it can't be had.
+"""The compiled kernels: loaded once a process, done without where they can't be had.
 
-It gives the numbers of plain.py, bit for bit, in a fraction of the time.
+What dequantises gives the numbers of plain.py, bit for bit, in a fraction of the time. `layers` is layer_kernels.py.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from fedmini.errors import ConfigError
-from fedmini.model import compiling, plain
+from fedmini.model import compiling, layer_kernels, plain
 from fedmini.model.blocks import Blocks, Levels
+from fedmini.model.layer_kernels import DTYPES, LayerKernels
 
-DTYPES = (torch.float32, torch.bfloat16)  # what a kernel fills
 Fill = Callable[[torch.Tensor], None]
 
 
@@ -41,11 +41,12 @@ class Kernel:
         try:
             library = ctypes.CDLL(str(path))
             self._columns, self._rows = library.dequantise_columns, library.dequantise_rows
+            self.layers = LayerKernels(library)
         except (OSError, AttributeError) as error:
             raise ConfigError(f"can't load {path}: {error}") from error
         for function in (self._columns, self._rows):
             function.argtypes, function.restype = (ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64), None
-        if not _agrees_with_plain_torch(self):
+        if not (_agrees_with_plain_torch(self) and layer_kernels.agrees_with_plain_torch(self.layers)):
             raise ConfigError(f"{path} gives other numbers than plain torch")
 
     def columns(self, blocks: Blocks) -> Fill:
@@ -143,7 +144,7 @@ def prepare(cache_dir: Path, note: Callable[[str], None]) -> None:
         try:
             _PROCESS.kernel = Kernel(compiling.library(cache_dir, note))
         except (ConfigError, OSError) as error:
-            note(f"packed weights are unpacked by plain torch, which is slower: {error}")
+            note(f"packed weights are unpacked, and layers computed, by plain torch, which is slower: {error}")
 
 
 def current() -> Kernel | None:

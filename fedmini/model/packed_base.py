@@ -1,21 +1,24 @@
-"""A GGUF as a transformers Llama whose weights stay packed: repacked into the cache once, memory-mapped afterwards."""
+"""A GGUF as a Llama whose weights stay packed: repacked into the cache once, memory-mapped afterwards."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fedmini.errors import ConfigError
-from fedmini.model import attention, cache, digests
+from fedmini.model import cache, digests, tokenizer
 from fedmini.model.gguf_file import GgufFile
+from fedmini.model.llama import Llama
+from fedmini.model.llama_parts import LlamaConfig
 from fedmini.model.packed_layers import PackedEmbedding, PackedHead, PackedLinear
 from fedmini.model.packing import PackedMatrix, PackedRows, pack_matrix, pack_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -46,17 +49,19 @@ def repack(path: Path, folder: Path) -> Mapping[str, Any]:
     return {"config": gguf.config, "quantizations": quantizations, "weights_digest": digest}
 
 
-def _write(folder: Path, weights: Mapping[str, Weight], tokenizer: PreTrainedTokenizerBase) -> None:
+def _write(folder: Path, weights: Mapping[str, Weight], converted: "PreTrainedTokenizerBase") -> None:
     try:
         save_file(_flatten(weights), folder / _TENSORS)
-        tokenizer.save_pretrained(folder / _TOKENIZER)
+        converted.save_pretrained(folder / _TOKENIZER)
     except OSError:
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own for a disk that is full
         raise OSError(str(error)) from error
 
 
-def _convert_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def _convert_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer  # only where a GGUF is new
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers raises whatever its conversion stumbles on
@@ -75,28 +80,26 @@ def dequantized(weight: Weight) -> torch.Tensor:
             return weight.float()
 
 
-def load_module(cached: cache.CachedFolder, compute_dtype: torch.dtype, accelerator: torch.device) -> LlamaForCausalLM:
+def load_module(cached: cache.CachedFolder, compute_dtype: torch.dtype, accelerator: torch.device) -> Llama:
     """The frozen Llama over the cached tensors, which stay mapped from the file where they live on the CPU."""
     weights = _unflatten(load_file(cached.folder / _TENSORS, device=str(accelerator)), cached.facts["quantizations"])
     return build_module(cached.facts["config"], weights, compute_dtype, accelerator)
 
 
-def load_tokenizer(cached: cache.CachedFolder) -> PreTrainedTokenizerBase:
+def load_tokenizer(cached: cache.CachedFolder) -> tokenizer.Tokenizer:
     """The tokenizer as it was converted from the GGUF, chat template included."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(cached.folder / _TOKENIZER)
-    return tokenizer
+    return tokenizer.load(cached.folder / _TOKENIZER)
 
 
 def build_module(
     config: Mapping[str, Any], weights: Mapping[str, Weight], compute_dtype: torch.dtype, accelerator: torch.device
-) -> LlamaForCausalLM:
+) -> Llama:
     """A Llama that holds exactly `weights`: packed ones packed, the others rounded to `compute_dtype`.
 
     Raises ConfigError where a tensor is missing, left over or of another shape than the config says.
     """
     with torch.device("meta"):  # no memory, no random numbers: every weight is replaced below
-        module = LlamaForCausalLM(LlamaConfig(**config, dtype=compute_dtype, use_cache=False))
-    module.model.rotary_emb = LlamaRotaryEmbedding(module.config).to(accelerator)
+        module = Llama(LlamaConfig(**config), compute_dtype)
     expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
     given = {name: tuple(weight.shape) for name, weight in weights.items()}
     if given != expected:
@@ -110,10 +113,8 @@ def build_module(
             module.lm_head = PackedHead(embedding.packed)
         else:
             module.lm_head.weight = embedding.weight
-    if compute_dtype == torch.bfloat16 and accelerator.type == "cpu":
-        module.set_attn_implementation(attention.register())
     module.requires_grad_(False)
-    module.eval()  # type: ignore[no-untyped-call]
+    module.eval()
     return module
 
 

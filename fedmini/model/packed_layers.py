@@ -73,6 +73,11 @@ class PackedLinear(nn.Linear):
             # In several pieces x would be multiplied example by example, each with a weight that is kept for it.
             return functional.linear(x.contiguous(), weight.t(), self.bias)
 
+    def transposed(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as (num_inputs, num_outputs): the one held, or valid until this thread dequantises another."""
+        held = self._held
+        return held if held is not None and held.dtype == dtype else self.packed.transposed(dtype)
+
     def hold_dense(self, dtype: torch.dtype | None) -> None:
         """Keep the dequantised weight from now on, to answer many small batches quickly; None lets it go."""
         self._held = None if dtype is None else self.packed.transposed(dtype).clone()

@@ -4,15 +4,22 @@ Where no gradient is taken, whatever a batch happens to share may be read once. 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
 
+from fedmini.model.adaptation import Causal
+from fedmini.model.attention import KeyValueCache
 from fedmini.model.gradients import Devices, GradientRecorder, Recording
+from fedmini.model.llama import Llama
 from fedmini.model.loss import TokenBatch
 from fedmini.types import EncodedExample
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+Cache = Union[KeyValueCache, "DynamicCache"]
 
 MIN_LENGTH = 4  # tokens; a shorter beginning is not worth a pass of its own
 
@@ -38,12 +45,13 @@ def begins_with(example: EncodedExample, tokens: Sequence[int]) -> bool:
 class PrefixReader:
     """Keys and values of a shared beginning, kept until the tokens or the trained tensors change."""
 
-    def __init__(self, model: PreTrainedModel, trained: Sequence[torch.Tensor]) -> None:
+    def __init__(self, model: Causal, trained: Sequence[torch.Tensor]) -> None:
         self._model, self._trained = model, tuple(trained)
+        self._body: Any = model.base_model
         self._key: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def read(self, tokens: torch.Tensor, num_examples: int, recorder: GradientRecorder | None = None) -> DynamicCache:
+    def read(self, tokens: torch.Tensor, num_examples: int, recorder: GradientRecorder | None = None) -> Cache:
         """A cache of `tokens` (length,), as if each of `num_examples` examples had read them; no gradient goes through.
 
         Where the recorder has devices with adapters of their own, each device reads them, for its own examples.
@@ -55,16 +63,14 @@ class PrefixReader:
         if key != self._key:
             self._layers = self._read_anew(tokens[None])  # (1, heads, length, head size)
             self._key = key
-        fresh = DynamicCache()
-        for index, (keys, values) in enumerate(self._layers):
-            fresh.update(
-                keys.expand(num_examples, -1, -1, -1).contiguous(),
-                values.expand(num_examples, -1, -1, -1).contiguous(),
-                index,
-            )
-        return fresh
+        return self._cache_of(
+            [
+                (keys.expand(num_examples, -1, -1, -1), values.expand(num_examples, -1, -1, -1))
+                for keys, values in self._layers
+            ]
+        )
 
-    def _read_by_each(self, tokens: torch.Tensor, devices: Devices, recorder: GradientRecorder) -> DynamicCache:
+    def _read_by_each(self, tokens: torch.Tensor, devices: Devices, recorder: GradientRecorder) -> Cache:
         num_devices, outer = len(devices.adapters), recorder.recording
         each = Devices(devices.adapters, torch.arange(num_devices, device=tokens.device), num_each=1)
         try:
@@ -72,17 +78,26 @@ class PrefixReader:
             layers = self._read_anew(tokens.expand(num_devices, -1))
         finally:
             recorder.recording = outer
-        fresh = DynamicCache()
-        for index, (keys, values) in enumerate(layers):
-            fresh.update(keys[devices.owners], values[devices.owners], index)
-        return fresh
+        return self._cache_of([(keys[devices.owners], values[devices.owners]) for keys, values in layers])
 
     @torch.no_grad()
     def _read_anew(self, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, (rows of tokens, heads, length, head size)."""
-        cache = DynamicCache()
-        self._model.base_model(input_ids=tokens, use_cache=True, past_key_values=cache)
+        cache = self._cache_of([])
+        self._body(input_ids=tokens, use_cache=True, past_key_values=cache)
+        if isinstance(cache, KeyValueCache):
+            return cache.layers
         return [_read_tensors(layer) for layer in cache.layers]
+
+    def _cache_of(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Cache:
+        if isinstance(self._model, Llama):
+            return KeyValueCache(layers)
+        from transformers import DynamicCache
+
+        fresh = DynamicCache()
+        for index, (keys, values) in enumerate(layers):
+            fresh.update(keys.contiguous(), values.contiguous(), index)
+        return fresh
 
 
 def _read_tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 # What is held of the loss at once: positions whose logits exist, words of a packed head whose weights do.
-LOGITS_TOKENS, PIECE_WORDS = 256, 4096
+LOGITS_TOKENS, PIECE_WORDS = 512, 4096
 
 # <malloc.h>: M_ARENA_MAX; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, which else grow with what is freed. A larger threshold
 # leaves the heap in pieces: 512 KiB costs a training step of 4 x 128 tokens 24 MB more, 1 MiB 160.

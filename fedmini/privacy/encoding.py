@@ -5,18 +5,20 @@ accountant divides by. Sums are never clipped or rounded (docs/accounting.md, "E
 """
 
 import math
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmini.errors import ConfigError, UpdateError
-from fedmini.privacy.noise import RandomStream
+from fedmini.privacy.noise import SPARE_WORDS, RandomStream
 from fedmini.types import IntVector, Residues
+from fedmini.vectors import BLOCK_SIZE
 
 MAX_REDRAWS = 200  # at 0.61 a refusal, 1e-43 of the vectors come this far
 LARGE_VECTOR = 2**19  # coordinates; from here on the grid is made finer
+LARGEST_BOUND = 2**25  # of an integer norm
 MODULUS_BITS = (24, 32)
 PLAIN_LEVELS = 2**20  # integers per range, for vectors that need no integer noise; less where many devices are summed
 
@@ -46,8 +48,99 @@ def sensitivity(clip_norm: float, scale: float, num_coordinates: int) -> float:
     return math.sqrt(min(worst_case, likely))
 
 
+class IntegerSum:
+    """The sum of clipped units, each scaled and rounded by itself first: zeros until one is added.
+
+    Shape (num_coordinates,). Guarantee: one unit more or less, with the other units' coins as they are, changes the sum by
+    at most `norm_bound` in L2. Rounding the float sum instead would break that: the two sums would be rounded with
+    unrelated fractions. A `norm_bound` above 2**25 raises ConfigError: float64 would not hold its square exactly.
+    """
+
+    def __init__(self, num_coordinates: int, scale: float, norm_bound: float, stream: RandomStream) -> None:
+        if not norm_bound <= LARGEST_BOUND:
+            raise ConfigError(f"expected an integer norm of at most 2**25, got {norm_bound:g}: lower the scale")
+        self._scale, self._norm_bound, self._stream = scale, norm_bound, stream
+        numerator, denominator = norm_bound.as_integer_ratio()
+        self._largest_square = numerator**2 // denominator**2
+        self._total = np.zeros(num_coordinates)  # integers
+        self._with_next = np.empty(num_coordinates)  # the same and one unit more, which may yet be refused
+        size = min(num_coordinates, BLOCK_SIZE)
+        self._words = np.empty(size + SPARE_WORDS, np.uint64)
+        self._scaled, self._coins, self._rounded = np.empty(size), np.empty(size), np.empty(size)
+        self._is_equal = np.empty(size, np.bool_)
+
+    @property
+    def integers(self) -> IntVector:
+        """The sum, int64: a copy."""
+        return self._total.astype(np.int64)
+
+    def clear(self) -> None:
+        """Begin again, at zeros."""
+        self._total.fill(0.0)
+
+    def add(self, *parts: tuple[NDArray[np.floating[Any]], float]) -> None:
+        """Add the unit whose coordinates are those of its parts, behind each other, each times its part's factor.
+
+        A factor of 0 makes a part zeros, whatever is in it. The unit is rounded as `round_stochastically` says.
+        """
+        for _ in range(MAX_REDRAWS):
+            if self._add_rounded(parts, self._round) <= self._largest_square:
+                break
+        else:
+            self._add_rounded(parts, np.trunc)
+        self._total, self._with_next = self._with_next, self._total
+
+    def _add_rounded(
+        self, parts: Sequence[tuple[NDArray[np.floating[Any]], float]], rounding: Callable[..., NDArray[np.float64]]
+    ) -> float:
+        """Put the sum with the unit in it, once rounded, into `_with_next`; the square of the unit's integer norm, exactly."""
+        start, square, scaled_square = 0, 0.0, 0.0
+        for scaled in self._scaled_blocks(parts):
+            scaled_square += float(scaled @ scaled)
+            if not math.sqrt(scaled_square) <= self._norm_bound:
+                raise UpdateError(
+                    f"expected a clipped vector of scaled norm <= {self._norm_bound:.1f}, got a larger one: clip it first"
+                )
+            rounded = rounding(scaled, out=self._rounded[: scaled.size])
+            square += float(rounded @ rounded)  # integers below 2**53
+            stop = start + scaled.size
+            np.add(self._total[start:stop], rounded, out=self._with_next[start:stop])
+            start = stop
+        assert start == self._total.size
+        return square
+
+    def _scaled_blocks(self, parts: Sequence[tuple[NDArray[np.floating[Any]], float]]) -> Iterator[NDArray[np.float64]]:
+        for coordinates, factor in parts:
+            for start in range(0, coordinates.size, BLOCK_SIZE):
+                block = coordinates[start : start + BLOCK_SIZE]
+                scaled = self._scaled[: block.size]
+                if factor == 0:
+                    scaled.fill(0.0)
+                else:
+                    np.multiply(block, np.float64(factor * self._scale), out=scaled)
+                yield scaled
+
+    def _round(self, scaled: NDArray[np.float64], out: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Each number rounded up where a coin in [0, 1) is below its fraction: to the ceiling of number - coin.
+
+        A float difference that is no integer lies between the same two integers as the exact one. Where one is, all of the
+        block's fractions are compared with their coins.
+        """
+        words = self._stream.uint64(scaled.size, self._words)
+        words >>= np.uint64(11)
+        coins = self._coins[: scaled.size]
+        coins[:] = words.view(np.int64)  # faster than from uint64
+        coins *= 2.0**-53
+        differences = np.subtract(scaled, coins, out=coins)
+        np.ceil(differences, out=out)
+        if np.count_nonzero(np.equal(out, differences, out=self._is_equal[: scaled.size])):
+            floors = np.floor(scaled)
+            np.add(floors, words * 2.0**-53 < scaled - floors, out=out)
+        return out
+
+
 def round_stochastically(
-    vector: NDArray[np.float64], scale: float, norm_bound: float, stream: RandomStream
+    vector: NDArray[np.floating[Any]], scale: float, norm_bound: float, stream: RandomStream
 ) -> IntVector:
     """Integers whose expectation is vector * scale, redrawn until their L2 norm is at most `norm_bound`.
 
@@ -55,33 +148,18 @@ def round_stochastically(
     The redrawing biases the expectation by less than 1e-3 of the norm. After MAX_REDRAWS it rounds towards zero, which
     can't pass the bound. A vector that isn't clipped (norm * scale > norm_bound, or not finite) raises UpdateError.
     """
-    scaled = vector * scale
-    if not np.linalg.norm(scaled) <= norm_bound:
-        raise UpdateError(
-            f"expected a clipped vector of scaled norm <= {norm_bound:.1f}, got a larger one: clip it first"
-        )
-    largest_square = math.floor(Fraction(norm_bound) ** 2)
-    floors = np.floor(scaled)
-    fractions = scaled - floors
-    lower = floors.astype(np.int64)
-    for _ in range(MAX_REDRAWS):
-        rounded = lower + (stream.uniform(scaled.size) < fractions)
-        if int(rounded @ rounded) <= largest_square:
-            return rounded
-    return np.trunc(scaled).astype(np.int64)
+    return round_sum(vector[None], scale, norm_bound, stream)
 
 
 def round_sum(vectors: NDArray[np.floating[Any]], scale: float, norm_bound: float, stream: RandomStream) -> IntVector:
-    """The sum of clipped rows, each rounded by itself first.
+    """The sum of clipped rows, each rounded by itself first, as `IntegerSum` has it.
 
-    Shape (num_units, num_coordinates) in, (num_coordinates,) out; no rows give zeros. Guarantee: one row more or less,
-    with the other rows' coins as they are, changes the sum by at most `norm_bound` in L2. Rounding the float sum
-    instead would break that: the two sums would be rounded with unrelated fractions.
+    Shape (num_units, num_coordinates) in, (num_coordinates,) out; no rows give zeros.
     """
-    total = np.zeros(vectors.shape[1], dtype=np.int64)
+    total = IntegerSum(vectors.shape[1], scale, norm_bound, stream)
     for row in vectors:
-        total += round_stochastically(row.astype(np.float64), scale, norm_bound, stream)
-    return total
+        total.add((row, 1.0))
+    return total.integers
 
 
 def modulus_bits(
@@ -113,13 +191,20 @@ def modulus_bits(
 
 def wrap(integers: IntVector, bits: int) -> Residues:
     """Integers mod 2**bits, uint32."""
-    residues: Residues = (integers & (2**bits - 1)).astype(np.uint32)
-    return residues
+    residues: Residues = integers.astype(np.uint32)  # mod 2**32, a multiple of the modulus
+    return _reduced(residues, bits)
 
 
 def add(total: Residues, vector: Residues, bits: int) -> Residues:
     """The sum mod 2**bits of two vectors of residues."""
-    residues: Residues = (total + vector) & np.uint32(2**bits - 1)  # uint32 wraps at 2**32, a multiple of the modulus
+    residues: Residues = total + vector  # mod 2**32, a multiple of the modulus
+    return _reduced(residues, bits)
+
+
+def _reduced(residues: Residues, bits: int) -> Residues:
+    """The residues mod 2**bits, in place."""
+    if bits < 32:
+        residues &= np.uint32(2**bits - 1)
     return residues
 
 

@@ -9,6 +9,7 @@ been in every release.
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Self
 
@@ -119,7 +120,7 @@ class Ledger:
 
     def epsilon_after(self, event: PrivacyEvent, participation: int, target_delta: float) -> float:
         """What `epsilon` of the event's unit would be after one more debit."""
-        entry = _entry(Roster(self._run_id, 0, 0, ()), event, participation, seeded=False)
+        entry = {**chain.entry_of(event), "state": "DEBITED", "participation": participation}
         return accounting.compose(_composition([*self._file.lines, entry], event.unit), target_delta)
 
     def _debits(self) -> list[Line]:
@@ -168,13 +169,16 @@ def _same_release(known: Sequence[Line], entries: Sequence[Line]) -> bool:
     return len(known) <= len(entries) and all(line[key] == entry[key] for line, entry in pairs for key in same)
 
 
+_event_fields = itemgetter(*chain.EVENT)
+
+
 def _composition(lines: Sequence[Line], unit: Unit) -> list[tuple[PrivacyEvent, int]]:
     """The unit's distinct events, and how often the worst device can have been in each."""
-    by_event: dict[PrivacyEvent, list[Line]] = {}
+    by_event: dict[tuple[object, ...], list[Line]] = {}
     for line in lines:
         if line["unit"] == unit:
-            by_event.setdefault(chain.event_of(line), []).append(line)
-    return [(event, _count(group, alone=len(by_event) == 1)) for event, group in by_event.items()]
+            by_event.setdefault(_event_fields(line), []).append(line)
+    return [(chain.event_of(group[0]), _count(group, alone=len(by_event) == 1)) for group in by_event.values()]
 
 
 def _count(lines: Sequence[Line], *, alone: bool) -> int:

@@ -7,6 +7,9 @@ discrete Gaussian's law exactly. Floats only decide a coin that isn't within 2**
 error; the others (one in 2**39) are decided with 240 random bits against 100 decimal digits. Two deviations are left:
 the support ends 14 standard deviations out (total variation below 2**-140 a coordinate), and a coin is misjudged
 with probability 2**-239. So the result is the same on every machine, whatever its exp() does in the last digit.
+
+Two tables spare most of that work and change nothing that is drawn: by the first 16 bits of a word, the block it chooses;
+by block, the coins that keep all of its integers.
 """
 
 import decimal
@@ -15,9 +18,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -32,6 +36,12 @@ MAX_VARIANCE = 2**44  # squares of 14 standard deviations are then exact in floa
 CHUNK_SIZE = 2**16  # proposals at once: they stay in the processor's cache
 COIN_BITS = 48  # of an acceptance word; the 16 below place x within its block, whose width is at most 2**16
 COIN_MARGIN = 2.0 ** (COIN_BITS - 40)
+GUIDE_BITS = 16  # of a word: most often they say already which block it falls into
+SPARE_WORDS = 2  # the cipher wants room for almost one block of 16 bytes more than it writes
+
+_ZEROS = memoryview(bytes(2**16))  # encrypted, they are the key stream
+_FROM_ZERO = modes.CTR(bytes(16))
+_encode_labels = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class RandomStream:
@@ -43,7 +53,7 @@ class RandomStream:
     __slots__ = ("_key_stream", "is_seeded")
 
     def __init__(self, key: bytes, is_seeded: bool) -> None:
-        self._key_stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._key_stream = Cipher(algorithms.AES(key), _FROM_ZERO).encryptor()
         self.is_seeded = is_seeded
 
     @classmethod
@@ -54,15 +64,20 @@ class RandomStream:
     @classmethod
     def seeded(cls, seed: int, *labels: str | int) -> Self:
         """A reproducible stream, for simulations and tests. Different labels give unrelated streams."""
-        text = json.dumps(["fedmini/stream/v1", seed, *labels], separators=(",", ":"))  # quotes tell "1" from 1
+        text = _encode_labels(["fedmini/stream/v1", seed, *labels])  # quotes tell "1" from 1
         return cls(hashlib.sha256(text.encode()).digest(), is_seeded=True)
 
     def __repr__(self) -> str:
         return f"RandomStream(is_seeded={self.is_seeded})"
 
-    def uint64(self, size: int) -> Words:
-        """`size` uniform 64-bit words."""
-        return np.frombuffer(self._key_stream.update(bytes(8 * size)), dtype="<u8").astype(np.uint64, copy=False)
+    def uint64(self, size: int, scratch: Words | None = None) -> Words:
+        """`size` uniform 64-bit words: the first of `scratch`, where it is given, which has room for SPARE_WORDS more."""
+        words = np.empty(size + SPARE_WORDS, np.uint64) if scratch is None else scratch
+        room = words.data.cast("B")
+        for start in range(0, 8 * size, len(_ZEROS)):
+            self._key_stream.update_into(_ZEROS[: 8 * size - start], room[start:])
+        drawn = words[:size]
+        return drawn if sys.byteorder == "little" else drawn.byteswap(inplace=True)
 
     def below(self, bound: int | Words, size: int | None = None) -> Words:
         """Exactly uniform integers in [0, bound): `size` of them, or one for each element of an array of bounds."""
@@ -83,7 +98,11 @@ class RandomStream:
 
     def uniform(self, size: int) -> NDArray[np.float64]:
         """`size` uniform multiples of 2**-53 in [0, 1)."""
-        return (self.uint64(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        words = self.uint64(size)
+        words >>= np.uint64(11)
+        drawn = words.astype(np.float64)
+        drawn *= 2.0**-53
+        return drawn
 
     def subset(self, population_size: int, subset_size: int) -> IntVector:
         """`subset_size` of range(population_size), sorted; every such subset is equally likely."""
@@ -91,8 +110,10 @@ class RandomStream:
             raise CohortError(f"can't draw {subset_size} of {population_size} without replacement")
         while True:
             words = self.uint64(population_size)
-            if np.unique(words).size == population_size:  # a tie would favour somebody
-                return np.sort(np.argsort(words)[:subset_size])
+            order = np.argsort(words)
+            in_order = words[order]
+            if not np.any(in_order[1:] == in_order[:-1]):  # a tie would favour somebody
+                return np.sort(order[:subset_size])
 
     def poisson_sample(self, population_size: int, sampling_rate: float) -> IntVector:
         """Indices, each of range(population_size) independently with probability `sampling_rate`.
@@ -140,6 +161,7 @@ class _Staircase:
     num_negative: int  # blocks below zero, and as many above
     weights: NDArray[np.float64]  # (2 * num_negative,), integers
     ends: Words  # (2 * num_negative,), their running sums
+    sure_coins: Words  # (2 * num_negative,): a coin below that keeps every integer of the block
 
 
 @functools.lru_cache(maxsize=64)
@@ -153,17 +175,61 @@ def _staircase(variance: int) -> _Staircase:
     # exp() is right to a few units in the last place; a factor of 1 + 2**-40 above it is certainly not below.
     weights = np.ceil(2.0**54 * (1 + 2.0**-40) * np.exp(-(nearest**2) / (2 * variance)))
     ends = np.cumsum(weights.astype(np.uint64))  # below 2**63: at most 2**54 * 2.51 * 128, and 1 for each far block
-    return _Staircase(variance, width_bits, num_negative, weights, ends)
+    least = _thresholds(nearest + (width - 1), weights, variance)  # of the integer that is farthest from zero
+    sure_coins = np.maximum(np.floor(least - 2 * COIN_MARGIN), 0).astype(np.uint64)
+    return _Staircase(variance, width_bits, num_negative, weights, ends, sure_coins)
+
+
+@functools.lru_cache(maxsize=16)
+def _guide(variance: int) -> NDArray[np.intp]:
+    """The block that all words with the same first GUIDE_BITS bits fall into; -1 where they fall into several.
+
+    Shape (2**GUIDE_BITS,). A word falls into the block that holds its remainder by the sum of the weights.
+    """
+    ends = _staircase(variance).ends
+    firsts = np.arange(2**GUIDE_BITS, dtype=np.uint64) << np.uint64(64 - GUIDE_BITS)
+    lasts = firsts + np.uint64(2 ** (64 - GUIDE_BITS) - 1)
+    blocks = np.searchsorted(ends, firsts % ends[-1], side="right")
+    is_one = (firsts // ends[-1] == lasts // ends[-1]) & (
+        blocks == np.searchsorted(ends, lasts % ends[-1], side="right")
+    )
+    return np.where(is_one, blocks, -1)
 
 
 def _propose(staircase: _Staircase, num_proposals: int, stream: RandomStream) -> IntVector:
-    ends = staircase.ends
-    blocks = np.searchsorted(ends, stream.below(int(ends[-1]), num_proposals), side="right")
-    words = stream.uint64(num_proposals)
-    places = (words & np.uint64(2**staircase.width_bits - 1)).astype(np.int64)
-    integers = ((blocks - staircase.num_negative) << staircase.width_bits) + places
-    accepted = _accept(staircase, integers, staircase.weights[blocks], words >> np.uint64(64 - COIN_BITS), stream)
+    blocks = _blocks(staircase, num_proposals, stream)
+    coins = stream.uint64(num_proposals)
+    integers = (coins & np.uint64(2**staircase.width_bits - 1)).view(np.int64)  # places within the block, yet
+    coins >>= np.uint64(64 - COIN_BITS)
+    accepted = coins < staircase.sure_coins.take(blocks)
+    unsure = np.flatnonzero(~accepted)
+    blocks_of_unsure = blocks.take(unsure)
+    blocks -= staircase.num_negative
+    blocks <<= staircase.width_bits
+    integers += blocks
+    weights = staircase.weights.take(blocks_of_unsure)
+    accepted[unsure] = _accept(staircase, integers.take(unsure), weights, coins.take(unsure), stream)
     return integers[accepted]
+
+
+def _blocks(staircase: _Staircase, num_proposals: int, stream: RandomStream) -> NDArray[np.intp]:
+    """Blocks of the staircase, each drawn with its weight: those that hold uniform integers below the weights' sum."""
+    ends = staircase.ends
+    surplus = np.uint64(2**64 % int(ends[-1]))  # so many words would favour the first blocks
+    words = stream.uint64(num_proposals)
+    missing = np.flatnonzero(words < surplus)
+    while missing.size:
+        fresh = stream.uint64(missing.size)
+        words[missing] = fresh
+        missing = missing[fresh < surplus]
+    blocks: NDArray[np.intp]
+    if num_proposals < 2 ** (GUIDE_BITS - 4):  # a guide would cost more than it saves
+        blocks = np.searchsorted(ends, words % ends[-1], side="right")
+        return blocks
+    blocks = _guide(staircase.variance).take((words >> np.uint64(64 - GUIDE_BITS)).view(np.int64))
+    unsure = np.flatnonzero(blocks < 0)
+    blocks[unsure] = np.searchsorted(ends, words.take(unsure) % ends[-1], side="right")
+    return blocks
 
 
 def _accept(
@@ -175,13 +241,19 @@ def _accept(
     *,
     margin: float = COIN_MARGIN,
 ) -> NDArray[np.bool_]:
-    squares = (integers * integers).astype(np.float64)
-    thresholds = np.exp(squares / (-2.0 * staircase.variance)) * (2.0 ** (54 + COIN_BITS) / weights)
+    thresholds = _thresholds(integers, weights, staircase.variance)
     distances = thresholds - coins.astype(np.float64)
     accepted: NDArray[np.bool_] = distances > 0
     for i in np.flatnonzero(np.abs(distances - 0.5) <= margin + 0.5):
         accepted[i] = _accept_exactly(staircase.variance, int(integers[i]), int(weights[i]), int(coins[i]), stream)
     return accepted
+
+
+def _thresholds(integers: NDArray[Any], weights: NDArray[np.float64], variance: int) -> NDArray[np.float64]:
+    """What a coin must lie below for its integer to be kept, in a block of this weight; right to a factor 1 +- 2**-44."""
+    squares = (integers * integers).astype(np.float64)
+    thresholds: NDArray[np.float64] = np.exp(squares / (-2.0 * variance)) * (2.0 ** (54 + COIN_BITS) / weights)
+    return thresholds
 
 
 def _accept_exactly(variance: int, integer: int, weight: int, coin: int, stream: RandomStream) -> bool:

@@ -1,6 +1,7 @@
 """The rows of `fedmini bench`: what each measures, beside what, and the number to reach.
 
-A row is measured in a process of its own: python bench_rows.py ROW REPEATS QUICK PEERS prints its lines as JSON.
+A row is measured in a process of its own: python bench_rows.py ROW REPEATS QUICK PEERS AGAINST prints its lines as JSON. It
+ends with 2, and says why, where it can't be measured as this machine is set up.
 """
 
 import json
@@ -17,6 +18,8 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 sys.path[:0] = [str(FOLDER), str(ROOT)]
+REFUSED = 2  # a row's exit code where something that it needs is missing
+NEEDS_PEERS = ("nf4", "peers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class Asked:
     repeats: int
     quick: bool
     peers: Path
+    against: Path | None  # another checkout, whose demo is measured too
 
 
 def spread(values: Sequence[float]) -> tuple[float, ...]:
@@ -188,6 +192,14 @@ def peers(asked: Asked) -> list[Line]:
     return [*lines, Line("pfl's calibration before the first round", "s", None, (calibrated["start_s"],), None)]
 
 
+def nf4(asked: Asked) -> list[Line]:
+    num_tokens = 128 if asked.quick else 1024
+    found = _peer(asked, "torch", "run_nf4.py", str(asked.repeats), str(num_tokens))
+    (cpu, cpu_dense), (wall, wall_dense) = ((found[key]["nf4"], found[key]["dense"]) for key in ("cpu_s", "wall_s"))
+    what = f"210 linear layers in bitsandbytes' NF4 / dense bf16, {num_tokens} tokens"
+    return [Line(what, "", ratio(cpu, cpu_dense), ratio(wall, wall_dense), None)]
+
+
 def start(asked: Asked) -> list[Line]:
     found = [_simulation(10, 1) for _ in range(1 if asked.quick else 3)]
     cpu = spread([one["first_round_cpu_s"] for one in found])
@@ -211,17 +223,22 @@ def growth(asked: Asked) -> list[Line]:
 
 
 def demo(asked: Asked) -> list[Line]:
-    """The demo cut down to two rounds of four devices, on one thread."""
-    settings = ["rounds.num_rounds=2", "rounds.cohort_size=4", "rounds.over_selection=1.0", "simulation.num_threads=1"]
-    settings += ["rounds.min_survivors=unset", "rounds.max_participations=unset", "evaluation.max_examples=32"]
-    with tempfile.TemporaryDirectory(prefix="fedmini-bench-") as folder:
-        command = [sys.executable, "-m", "fedmini", "simulate", str(ROOT / "simulations" / "chat.toml")]
-        command += ["--output", str(Path(folder) / "run"), *(part for one in settings for part in ("--set", one))]
-        before = os.times()
-        _run(command)
-        after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return [Line("the demo, cut down to two rounds of four", "s", (cpu,), (after.elapsed - before.elapsed,), None)]
+    import demo_measures
+
+    what = "the demo, cut down to two rounds of four"
+    if asked.against is None:
+        cpu, wall = demo_measures.seconds(ROOT, _run)
+        return [Line(what, "s", (cpu,), (wall,), None)]
+    (cpu, wall), (cpu_there, wall_there) = demo_measures.in_turn((ROOT, asked.against), asked.repeats, _run)
+    there = demo_measures.revision(asked.against)
+    over_cpu, over_wall = (
+        (statistics.median(a) / statistics.median(b),) for a, b in ((cpu, cpu_there), (wall, wall_there))
+    )
+    return [
+        Line(what, "s", spread(cpu), spread(wall), None),
+        Line(f"{what}: {there}", "s", spread(cpu_there), spread(wall_there), None),
+        Line(f"{what}: here / {there}, of medians", "", over_cpu, over_wall, None),
+    ]
 
 
 def _simulation(cohort_size: int, num_rounds: int) -> dict[str, Any]:
@@ -236,14 +253,18 @@ def _simulation(cohort_size: int, num_rounds: int) -> dict[str, Any]:
 def _peer(asked: Asked, environment: str, script: str, *arguments: str) -> dict[str, Any]:
     python = asked.peers / environment / "bin" / "python"
     if not python.exists():
-        raise SystemExit(f"{python} is missing: simulations/benchmarks/make_peers.sh {asked.peers} installs the peers")
-    return json.loads(_run([str(python), str(FOLDER / "peers" / script), *arguments]).splitlines()[-1])
+        print(f"no {python}: simulations/benchmarks/make_peers.sh {asked.peers} installs the peers", file=sys.stderr)
+        raise SystemExit(REFUSED)
+    command = [str(python), str(FOLDER / "peers" / script), *arguments]
+    return json.loads(_run(command, tree=None).splitlines()[-1])
 
 
-def _run(command: Sequence[str]) -> str:
-    """What a process prints; its own complaint where it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if command[0] == sys.executable else dict(os.environ)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def _run(command: Sequence[str], tree: Path | None = ROOT) -> str:
+    """What a process prints, with the code of a checkout, or of none; its own complaint where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if tree is not None:
+        environment["PYTHONPATH"] = str(tree)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
     if done.returncode:
         raise SystemExit(f"{Path(command[1]).name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     return done.stdout
@@ -258,10 +279,11 @@ ROWS: Mapping[str, Callable[[Asked], list[Line]]] = {
     "start": start,
     "growth": growth,
     "demo": demo,
+    "nf4": nf4,
     "peers": peers,
 }
 
 if __name__ == "__main__":
-    row, repeats, quick, folder = sys.argv[1:]
-    lines = ROWS[row](Asked(int(repeats), quick == "quick", Path(folder)))
+    row, repeats, quick, folder, against = sys.argv[1:]
+    lines = ROWS[row](Asked(int(repeats), quick == "quick", Path(folder), Path(against) if against else None))
     print(json.dumps([asdict(line) | {"is_reached": line.is_reached} for line in lines]))

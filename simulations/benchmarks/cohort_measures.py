@@ -5,20 +5,22 @@ Every function gives CPU seconds for each device and round, alternating both sid
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedmini import planning
 from fedmini.config import RunConfig, parse_run_config
 from fedmini.contributor import Contributor, sum_together
-from fedmini.model import attention, packed_base
+from fedmini.model import native, packed_base, runtime
+from fedmini.model.llama_parts import LlamaConfig as OurConfig
 from fedmini.model.loading import Base, load_base
 from fedmini.model.lora import LoraModel
 from fedmini.privacy.noise import RandomStream
@@ -63,7 +65,7 @@ def smollm2(cache_dir: Path, workload: Workload, repeats: int, ways: Sequence[st
 
     Ways: "bare" (dense, PEFT, one after the other), "alone" (fedmini's devices one after the other), "together".
     """
-    config = _config(workload, {"name": "smollm2-135m-q4", "compute_dtype": "bfloat16"})
+    config = config_of(workload, {"name": "smollm2-135m-q4", "compute_dtype": "bfloat16"})
     base = load_base(config.base, cache_dir, print)
     return measure(_ways(base, dense_copy(base), config, workload), repeats, ways, workload.num_devices)
 
@@ -75,19 +77,27 @@ def peers_lora(repeats: int, ways: Sequence[str], compute_dtype: torch.dtype) ->
     """
     torch.manual_seed(0)
     module = LlamaForCausalLM(LlamaConfig(**PEERS_MODEL, use_cache=False))
-    own = _copy(module).to(compute_dtype)
-    if compute_dtype == torch.bfloat16:
-        own.set_attn_implementation(attention.register())  # as load_base does
-    base = Base(
-        module=own.requires_grad_(False).eval(),
+    config = config_of(PEERS_LORA, {"path": "none.gguf", "compute_dtype": "float32"})
+    native.prepare(runtime.default_cache_dir(), print)
+    work = _ways(peers_base(module, compute_dtype), module, config, PEERS_LORA)
+    return measure(work, repeats, ways, PEERS_LORA.num_devices)
+
+
+def peers_base(module: LlamaForCausalLM, compute_dtype: torch.dtype) -> Base:
+    """A copy of the peers' Llama as a base of fedmini's."""
+    settings = module.config.to_dict()
+    config = {field.name: settings.get(field.name) for field in fields(OurConfig)}
+    config["rope_theta"] = settings["rope_parameters"]["rope_theta"]
+    weights = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    device = torch.device("cpu")
+    return Base(
+        module=packed_base.build_module(config, weights, compute_dtype, device),
         tokenizer=ByT5Tokenizer(),  # a base has one; these examples are tokens already
         weights_digest="0" * 64,
         compute_dtype=compute_dtype,
-        accelerator=torch.device("cpu"),
-        weights="dense",
+        accelerator=device,
+        weights="packed",
     )
-    config = _config(PEERS_LORA, {"path": "none.gguf", "compute_dtype": "float32"})
-    return measure(_ways(base, module, config, PEERS_LORA), repeats, ways, PEERS_LORA.num_devices)
 
 
 def measure(work: Mapping[str, Work], repeats: int, ways: Sequence[str], num_devices: int) -> dict[str, list[float]]:
@@ -101,7 +111,8 @@ def measure(work: Mapping[str, Work], repeats: int, ways: Sequence[str], num_dev
     return {way: seconds[1:] for way, seconds in found.items()}
 
 
-def _config(workload: Workload, base: Mapping[str, Any]) -> RunConfig:
+def config_of(workload: Workload, base: Mapping[str, Any]) -> RunConfig:
+    """A run of such devices, all of whom are asked in each round."""
     size = workload.num_steps * workload.batch_size
     protected = {"clip_norm": workload.clip_norm, "noise_multiplier": 0.5, "target_delta": 1e-5, "noise": "server"}
     return parse_run_config(
@@ -129,10 +140,20 @@ def _config(workload: Workload, base: Mapping[str, Any]) -> RunConfig:
 
 
 def _ways(base: Base, dense: LlamaForCausalLM, config: RunConfig, workload: Workload) -> dict[str, Work]:
+    tokens = _tokens(base, workload)
+    bare = BareLoop(dense, config, torch.from_numpy(tokens), workload)
+    return {"bare": bare.round, **fedminis_ways(base, config, workload)}
+
+
+def _tokens(base: Base, workload: Workload) -> NDArray[np.int64]:
+    """Every device's examples, (num_devices, size, num_tokens)."""
     size = workload.num_steps * workload.batch_size
-    random = np.random.default_rng(0)
-    vocabulary = base.module.config.vocab_size
-    tokens = random.integers(0, vocabulary, (workload.num_devices, size, workload.num_tokens))
+    shape = (workload.num_devices, size, workload.num_tokens)
+    return np.random.default_rng(0).integers(0, base.module.config.vocab_size, shape)
+
+
+def fedminis_ways(base: Base, config: RunConfig, workload: Workload) -> dict[str, Work]:
+    """A round of all devices: "alone", one after the other, and "together"."""
     is_target = np.arange(workload.num_tokens) > 0
     model = LoraModel(base, planning.lora_shape(config))
     manifest = planning.make_manifest(config, "run", planning.Base(model.fingerprint, model.template), None)
@@ -145,12 +166,10 @@ def _ways(base: Base, dense: LlamaForCausalLM, config: RunConfig, workload: Work
             partial(_InTurn, workload.batch_size),
             config.local.physical_batch_size,
         )
-        for index, own in enumerate(tokens)
+        for index, own in enumerate(_tokens(base, workload))
     ]
-    bare = BareLoop(dense, config, torch.from_numpy(tokens), workload)
     task = TrainTask(manifest.hash, 1, 0, model.initial_adapter())
     return {
-        "bare": bare.round,
         "alone": lambda: [sum_together([device], task) for device in devices],
         "together": partial(sum_together, devices, task),
     }
@@ -228,9 +247,3 @@ def dense_copy(base: Base) -> LlamaForCausalLM:
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert not missing and not unexpected, (missing, unexpected)
     return module.to(base.compute_dtype)
-
-
-def _copy(module: LlamaForCausalLM) -> LlamaForCausalLM:
-    copied = LlamaForCausalLM(LlamaConfig(**PEERS_MODEL, use_cache=False))
-    copied.load_state_dict(module.state_dict())
-    return copied

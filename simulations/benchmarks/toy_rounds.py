@@ -73,6 +73,7 @@ class ToyRun:
         template = tuple((name, tuple(tensor.shape)) for name, tensor in self._tensors.items())
         parsed = config.parse_run_config(_settings(num_rounds))
         manifest = planning.make_manifest(parsed, "bench", planning.Base("toy", template), None)
+        self._num_coordinates = manifest.num_coordinates
         names = tuple(f"device-{index:03d}" for index in range(WORK.num_devices))
         streams = partial(RandomStream.seeded, 1)
         self._run = rounds.Run(manifest, planning.server_plan(parsed), lambda: names, streams, True, True)
@@ -92,28 +93,39 @@ class ToyRun:
     def _sum_cohort(self, chosen: Sequence[DeviceId], task: TrainTask, debit: Callable[[Roster], None]) -> CohortSum:
         manifest = self._run.manifest
         debit(Roster(manifest.run_id, task.round_num, task.attempt, tuple(sorted(chosen))))
-        total: Residues = np.zeros(manifest.num_coordinates, np.uint32)
-        for device in sorted(chosen):
-            total = encoding.add(total, self._contribute(device, task), manifest.release.modulus_bits)
+        # As `contribute_together` has a batch: the task is checked once, all are trained, and then each contributes.
+        vectors.check(task.adapter, manifest.template)
+        given = [torch.from_numpy(task.adapter[name]) for name in self._tensors]
+        deltas = {device: self._train(device, given) for device in sorted(chosen)}
+        total: Residues = np.zeros(self._num_coordinates, np.uint32)
+        for device, delta in deltas.items():
+            total = encoding.add(total, self._contribute(device, delta, task), manifest.release.modulus_bits)
         return CohortSum(total, len(chosen))
 
-    def _contribute(self, device: DeviceId, task: TrainTask) -> Residues:
-        """As `Contributor.contribute` has it for a device-level unit, with another network."""
-        manifest, release = self._run.manifest, self._run.manifest.release
-        vectors.check(task.adapter, manifest.template)
+    def _train(self, device: DeviceId, given: Sequence[torch.Tensor]) -> Vector:
+        """What a device's steps change, from the tensors of the task. (num_parameters,)"""
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(torch.from_numpy(task.adapter[name]))
+            for tensor, value in zip(self._tensors.values(), given, strict=True):
+                tensor.copy_(value)
         start = self._flat()
         self._loop.train_device(int(device.removeprefix("device-")))
-        delta = self._flat() - start
-        room = metrics.room_for_vector(release.encoding_norm)
-        was_clipped = not vectors.norm(delta) <= room
-        behind = metrics.coordinates(1.0, 1.0, was_clipped, release.encoding_norm, manifest.local.max_length)
-        vector = clipping.clip(np.concatenate([clipping.clip(delta, room), behind]), release.encoding_norm)
+        delta = self._flat()
+        delta -= start
+        return delta
+
+    def _contribute(self, device: DeviceId, delta: Vector, task: TrainTask) -> Residues:
+        """As `Contributor` has it for a device-level unit."""
+        manifest, release = self._run.manifest, self._run.manifest.release
+        factor = clipping.factor(vectors.norm(delta), metrics.room_for_vector(release.encoding_norm))
+        vector = np.zeros(self._num_coordinates)
+        np.multiply(delta, np.float64(factor), out=vector[: len(delta)])
+        vector[len(delta) :] = metrics.coordinates(
+            1.0, 1.0, factor < 1, release.encoding_norm, manifest.local.max_length
+        )
         bound = encoding.sensitivity(release.encoding_norm, release.scale, len(vector))
         stream = self._run.streams("device", device, "round", task.round_num, "rounding")
         integers = encoding.round_stochastically(vector, release.scale, bound, stream)
+        integers += np.zeros(self._num_coordinates, np.int64)  # the share of the noise, which is the server's here
         return encoding.wrap(integers, release.modulus_bits)
 
     def _flat(self) -> Vector:

@@ -87,6 +87,34 @@ def test_it_never_takes_more_room_than_it_may_and_keeps_what_came_first(tmp_path
     assert sum(path.stat().st_size for path in files(tmp_path)) == 3 * each
 
 
+def test_however_much_is_kept_the_folder_is_looked_through_once(tmp_path: Path, store, monkeypatch) -> None:
+    looked, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looked.append(folder) or scan(folder))
+    cache = HiddenCache(tmp_path / "hidden", 10**6, store.sealer)
+    for place in range(50):
+        cache.keep(str(place).encode(), CONTENT)
+    assert len(looked) == 1 and len(files(tmp_path)) == 50
+
+
+def test_what_makes_room_is_counted_whoever_made_it(tmp_path: Path, store) -> None:
+    """A smaller state in a larger one's place, what `keep_only` lets go of, a folder that is erased, a restart."""
+    each = 100 + OVERHEAD_BYTES
+    cache = HiddenCache(tmp_path / "hidden", 2 * each, store.sealer)
+    cache.keep(b"a", bytes(150)), cache.keep(b"b", bytes(100))
+    assert cache.read(b"b") is None
+    cache.keep(b"a", bytes(100)), cache.keep(b"b", bytes(100)), cache.keep(b"c", bytes(100))
+    assert cache.read(b"b") is not None and cache.read(b"c") is None
+    cache.keep_only({b"b"})
+    cache.keep(b"c", bytes(100)), cache.keep(b"d", bytes(100))
+    assert cache.read(b"c") is not None and cache.read(b"d") is None
+    again = HiddenCache(tmp_path / "hidden", 2 * each, store.sealer)
+    again.keep(b"d", bytes(100))
+    assert again.read(b"d") is None
+    cache.erase()
+    cache.keep(b"d", bytes(100)), cache.keep(b"e", bytes(100))
+    assert cache.read(b"d") is not None and cache.read(b"e") is not None
+
+
 def test_only_what_is_still_an_example_stays(tmp_path: Path, cache) -> None:
     for name in (b"a", b"b"):
         cache.keep(name, CONTENT)

@@ -25,6 +25,7 @@ class InProcessGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self.num_asked = 0
         self.fail_after: int | None = None  # answers
+        self.lost_answers: frozenset[int] = frozenset()  # by their numbers, from 1: a worker is killed then
 
     def set_run(self, run: Run) -> None: ...
 
@@ -55,6 +56,8 @@ class InProcessGrid(Grid):
     def _answer(self, message: Message) -> Message:
         if self.fail_after is not None and self.num_asked > self.fail_after:
             return Message(Error(2, "out of memory"), reply_to=message)
+        if self.num_asked in self.lost_answers:
+            return Message(Error(0, "<class 'ActorDiedError'>:<'The actor died\nin many lines'>"), reply_to=message)
         return self._app(message, self._contexts[message.metadata.dst_node_id])
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout=None) -> Iterable[Message]:

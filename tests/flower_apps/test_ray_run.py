@@ -4,16 +4,19 @@ import importlib.util
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fedmini import config as configuration
 from fedmini import simulation
 from fedmini.errors import ConfigError
-from fedmini.flower_apps import simulated_run
-from tests import command_line
+from fedmini.flower_apps import client_app, simulated_run
+from tests import command_line, tiny_run
 from tests.flower_apps import tiny_config
+from tests.flower_apps.in_process_grid import InProcessGrid
 from tests.flower_apps.tiny_config import adapter
 
 CHANGES = {"simulation": {"num_threads": 1, "devices_per_batch": 1, "workers": 1}}
@@ -43,6 +46,45 @@ def test_a_ray_of_two_workers_gives_the_bits_of_this_process(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, ""), done
     assert adapter(tmp_path / "ray") == adapter(tmp_path / "here")
     assert (tmp_path / "ray" / "report.html").exists()
+
+
+@WITH_RAY
+@pytest.mark.deployment  # processes of their own, and about 30 seconds
+@pytest.mark.timeout(300)
+def test_resumed_on_a_ray_one_of_whose_workers_is_killed_in_mid_round_a_run_ends_with_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    changes = CHANGES | {"rounds": {"num_rounds": 6}}
+    simulation.simulate(tiny_config.write(tmp_path, changes=changes), output=tmp_path / "whole")
+    config = tiny_config.write(tmp_path, changes=changes | {"simulation": CHANGES["simulation"] | {"workers": 2}})
+    options = simulation.SimulationOptions(on_progress=tiny_run.interrupt_after(7))
+    begun = simulated_run.prepare(configuration.load_run_config(config), tmp_path / "run", options)
+    with pytest.raises(tiny_run.KilledError):
+        begun.run_on(InProcessGrid(client_app.SimulatedOnly(lambda context: True), 6))
+    command = [sys.executable, "-m", "fedmini", "simulate", "--output", str(tmp_path / "run")]
+    with subprocess.Popen([*command, "--resume", "--engine", "ray"], stderr=subprocess.PIPE, text=True) as process:
+        kill_a_worker(psutil.Process(process.pid), tmp_path / "run" / "metrics.jsonl", num_lines=3)
+        assert process.communicate()[1] == ""
+    assert process.returncode == 0
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def kill_a_worker(process: psutil.Process, metrics: Path, num_lines: int) -> None:
+    """End a worker of Ray's that computes for a device, once so many lines of the metrics are written."""
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if len(metrics.read_text().splitlines()) >= num_lines:
+            for worker in process.children(recursive=True):
+                if is_computing(worker):
+                    return worker.kill()
+        time.sleep(0.005)
+    raise AssertionError("the run ended before a worker could be killed")
+
+
+def is_computing(worker: psutil.Process) -> bool:
+    try:
+        return "".join(worker.cmdline()).startswith("ray::ClientAppActor.run")  # as Ray names it while it does
+    except psutil.Error:  # it has ended
+        return False
 
 
 def test_where_ray_is_missing_what_to_install_is_said(

@@ -8,7 +8,7 @@ import pytest
 
 from fedmini import simulation
 from fedmini.errors import ConfigError, StateError
-from fedmini.flower_apps import client_app, server_app, simulated_devices
+from fedmini.flower_apps import client_app, grid_cohort, server_app, simulated_devices
 from tests.flower_apps import tiny_config
 from tests.flower_apps.in_process_grid import InProcessGrid, a_run
 from tests.flower_apps.tiny_config import adapter
@@ -70,6 +70,33 @@ def test_given_again_a_run_goes_on_where_it_stopped_with_the_same_bits(tmp_path:
         server_app.app(failing, a_run(str(config), str(tmp_path / "run")))
     assert [line["round"] for line in told(tmp_path / "run")] == [0, 1]
     flower_run(config, tmp_path / "run")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def test_a_device_whose_worker_is_lost_is_asked_again_and_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_cohort, "RESEND_SECONDS", (0.0, 0.0))
+    config = tiny_config.write(tmp_path)
+    flower_run(config, tmp_path / "whole")
+    grid = InProcessGrid(SIMULATED, 6)
+    grid.lost_answers = frozenset({2, 9, 10})  # a node's partition, and two devices of a round
+    server_app.app(grid, a_run(str(config), str(tmp_path / "run")))
+    assert grid.num_asked == 6 + 3 * 5 + 3
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def test_a_worker_that_is_lost_again_and_again_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_cohort, "RESEND_SECONDS", (0.0, 0.0))
+    config = tiny_config.write(tmp_path)
+    failing = InProcessGrid(SIMULATED, 6)
+    failing.lost_answers = frozenset(range(14, 1000))  # in the second round
+    with pytest.raises(StateError, match=r"^a worker was lost 3 times with the same device: .*\Z"):
+        server_app.app(failing, a_run(str(config), str(tmp_path / "run")))
+    flower_run(config, tmp_path / "run")
+    flower_run(config, tmp_path / "whole")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
 
 
