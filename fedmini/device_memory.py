@@ -13,9 +13,10 @@ from fedmini.model.runtime import LOGITS_TOKENS, PIECE_WORDS
 from fedmini.model.shapes import Dimensions
 from fedmini.types import LoraShape, Manifest
 
-PROCESS_BYTES = 558 * 2**20  # libraries, tokenizer, the accountant's numbers: without weights, before the first step
-# Measured, for each coordinate: the adapter and the vector that leaves, held through a round; the noise as it is drawn.
-HELD_BYTES, NOISE_BYTES = 20, 110
+PROCESS_BYTES = 432 * 2**20  # libraries, tokenizer, the accountant's numbers: without weights, before the first step
+# For each coordinate: the adapter and the vector that leaves, held through a round; the sum and what is added to it next.
+HELD_BYTES, SUM_BYTES = 20, 24
+LEFT_IN_PIECES = 0.5  # of what training took: glibc's own heap keeps it where nothing else fits, as measured
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 LONG_TOKENS = 256  # above, attention keeps its output for backward
 
@@ -33,15 +34,14 @@ class Step:
 def peak_bytes(base: Dimensions, lora: LoraShape, num_coordinates: int, step: Step, *, small_heap: bool) -> int:
     """The most that a device's process holds resident, with its heap kept small ([training] small_heap) or left as it is.
 
-    Within 15 % of what was measured; where examples are shorter than `length`, less is held. Training, rounding and the
-    noise come one after the other: a small heap gives back between them what it held, glibc's own keeps it, in pieces that
-    the next can't use.
+    Within 15 % of what was measured; where examples are shorter than `length`, less is held. For a device with a compiler:
+    without compiled kernels a step keeps half as much again.
     """
-    training = _kept_for_backward(base, lora, step) + _at_once(base, step) + 4 * step.batch_size * num_coordinates
-    # Then the gradients are clipped and rounded, in float64, one copy of them all for each of four steps.
-    rounding = step.batch_size * num_coordinates * (2 * 4 + 4 * 8)
-    one_after_the_other = (training, rounding, NOISE_BYTES * num_coordinates)
-    most = max(one_after_the_other) if small_heap else sum(one_after_the_other)
+    gradients = 4 * step.batch_size * num_coordinates
+    training = _kept_for_backward(base, lora, step) + _at_once(base, step) + gradients
+    most = max(training, gradients + SUM_BYTES * num_coordinates)
+    if not small_heap:
+        most += int(LEFT_IN_PIECES * training)
     return PROCESS_BYTES + base.weights_bytes + HELD_BYTES * num_coordinates + most
 
 

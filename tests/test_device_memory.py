@@ -24,17 +24,17 @@ LORA = LoraShape(2, 4.0, ALL, None, "B", 0)
 # What simulations/benchmarks/device_memory.py measured (x86-64, torch 2.13, bfloat16): peak resident MiB.
 MEASURED = {
     # adapted, examples, tokens, checkpointing, small_heap
-    ("all", 1, 128, False, True): 804,
-    ("all", 4, 128, False, True): 986,
-    ("all", 4, 128, True, True): 895,
-    ("top", 4, 256, False, True): 870,
-    ("chat", 1, 256, False, True): 783,
-    ("all", 1, 128, False, False): 947,
-    ("all", 4, 128, False, False): 1351,
-    ("top", 4, 256, False, False): 993,
-    ("chat", 1, 256, False, False): 820,
-    ("all", 8, 128, False, False): 1933,
-    ("all", 4, 128, True, False): 1018,
+    ("all", 1, 128, False, True): 613,
+    ("all", 4, 128, False, True): 783,
+    ("all", 4, 128, True, True): 724,
+    ("top", 4, 256, False, True): 698,
+    ("chat", 1, 256, False, True): 607,
+    ("all", 1, 128, False, False): 662,
+    ("all", 4, 128, False, False): 864,
+    ("top", 4, 256, False, False): 772,
+    ("chat", 1, 256, False, False): 631,
+    ("all", 8, 128, False, False): 1177,
+    ("all", 4, 128, True, False): 801,
 }
 
 
@@ -129,7 +129,7 @@ def test_a_plan_says_what_a_device_takes_by_itself_and_what_in_an_app() -> None:
         f"up to {by_itself:,.0f} MB in bfloat16 ({in_an_app:,.0f} MB in an app), with 4 examples of 128 tokens at once; "
         "an app's heap is not kept small unless training.small_heap says so"
     )
-    assert 1.2 * by_itself < in_an_app < 1.5 * by_itself
+    assert 1.05 * by_itself < in_an_app < 1.5 * by_itself
 
 
 SHAPES = {

@@ -29,7 +29,12 @@ class ExampleGradients:
     gradients: torch.Tensor  # (num_examples, num_parameters), float32
     losses: NDArray[np.float64]  # (num_examples,), nats a token, the mean over the example's targets
     num_targets: NDArray[np.int64]  # (num_examples,)
-    norms: NDArray[np.float64]  # (num_examples,), L2 over the whole row, summed in float64
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """L2 of each row, (num_examples,), summed in float64."""
+        norms: NDArray[np.float64] = torch.linalg.vector_norm(self.gradients, dim=1, dtype=torch.float64).cpu().numpy()
+        return norms
 
 
 class LoraModel:
@@ -151,7 +156,7 @@ class LoraModel:
             tensor.grad_sample = view  # type: ignore[attr-defined]
             place += tensor.numel()
         if not examples:
-            return ExampleGradients(rows, np.zeros(0), np.zeros(0, np.int64), np.zeros(0))
+            return ExampleGradients(rows, np.zeros(0), np.zeros(0, np.int64))
         losses, num_targets = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
         for members, length in self.by_prefix(examples):
             own = rows if len(members) == len(examples) else torch.zeros_like(rows[: len(members)])
@@ -159,8 +164,7 @@ class LoraModel:
             losses[members], num_targets[members] = self.record(chosen, length, Recording(own))
             if own is not rows:
                 rows[members] = own
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        return ExampleGradients(rows, losses, num_targets, norms.cpu().numpy())
+        return ExampleGradients(rows, losses, num_targets)
 
     def record(
         self, examples: Sequence[EncodedExample], prefix_length: int, recording: Recording
