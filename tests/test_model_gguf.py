@@ -1,3 +1,4 @@
+import gguf
 import numpy as np
 import pytest
 import tiny_llama
@@ -65,6 +66,24 @@ def test_a_format_that_is_not_read_is_refused_with_those_that_are(tmp_path):
     path = tiny_llama.write_gguf(tmp_path / "tiny.gguf", "Q5_1")
 
     with pytest.raises(ConfigError, match=r"is Q5_1; these are readable: Q4_0, Q4_1, Q8_0, F16, F32"):
+        load(path, tmp_path / "cache")
+
+
+def test_quantised_norms_are_refused(tmp_path, monkeypatch):
+    as_it_is = gguf.GGUFWriter.add_tensor
+
+    def quantised(writer, name, values, raw_dtype=None):
+        if values.ndim == 1:
+            values, raw_dtype = (
+                gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0),
+                gguf.GGMLQuantizationType.Q8_0,
+            )
+        as_it_is(writer, name, values, raw_dtype=raw_dtype)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", quantised)
+    path = tiny_llama.write_gguf(tmp_path / "tiny.gguf")
+
+    with pytest.raises(ConfigError, match="is a norm in Q8_0; only F32 and F16 norms are read"):
         load(path, tmp_path / "cache")
 
 

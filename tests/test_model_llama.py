@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from fedmini.config import BaseSection
 from fedmini.model import fast_layers, native, together
+from fedmini.model.attention import KeyValueCache
 from fedmini.model.frozen_layers import StatesInMemory
 from fedmini.model.gradients import Devices, Recording
 from fedmini.model.layer_kernels import LayerKernels, LoraWeight
 from fedmini.model.llama import Llama
+from fedmini.model.loading import load_base
 from fedmini.model.lora import LoraModel
+from fedmini.model.packing import PackedMatrix
 from fedmini.types import LoraShape
 from tests import autograd_reference, tiny_llama
 
@@ -284,13 +289,43 @@ def test_kernels_refuse_what_they_would_read_beside(compiled_kernel):
     x = torch.ones(2, 3, 20)
 
     with pytest.raises(ValueError, match="in one piece"):
-        kernels.gate(x.transpose(0, 1), x)
+        kernels.gate(x.transpose(0, 1), x.transpose(0, 1))
     with pytest.raises(IndexError, match="beyond the 20 words"):
         kernels.loss(torch.zeros(1, 20), torch.tensor([20]))
     with pytest.raises(ValueError, match="no room"):
         kernels.lora_outer(x, torch.ones(2, 3, 4), torch.zeros(2, 79), None, 0, True, 1.0)
     with pytest.raises(ValueError, match="don't fit"):
         kernels.by_head(x, 10, torch.ones(2, 2, 5), 0)
+    short, hidden = torch.ones(2, 3, 19), torch.ones(2, 3, 4)
+    weight = LoraWeight(torch.ones(80), None, 4, 20, False)
+    wrong = (
+        lambda: kernels.gate(x, short),
+        lambda: kernels.gate_backward(short, x, x),
+        lambda: kernels.norm(x, torch.ones(19), 1e-5),
+        lambda: kernels.norm_backward(x, x, torch.ones(20), torch.ones(5), None),
+        lambda: kernels.norm_backward(x, x, torch.ones(20), torch.ones(6), short),
+        lambda: kernels.softmax(x, 21, 1.0),
+        lambda: kernels.softmax_backward(x, short, 3, 1.0),
+        lambda: kernels.by_head(x, 12, None, 0),
+        lambda: kernels.lora_down(short, weight),
+        lambda: kernels.lora_down(x, replace(weight, values=torch.ones(79))),
+        lambda: kernels.lora_down(
+            x, replace(weight, values=torch.ones(2, 80), owners=torch.zeros(1, dtype=torch.int64))
+        ),
+        lambda: kernels.lora_up(x, hidden.bfloat16(), weight, 1.0),
+        lambda: kernels.lora_up(x, hidden[:1], weight, 1.0),
+        lambda: kernels.lora_outer(x, hidden, torch.zeros(2, 80), None, -1, True, 1.0),
+        lambda: kernels.lora_outer(x, hidden, torch.zeros(2, 80), torch.zeros(1, dtype=torch.int64), 0, True, 1.0),
+    )
+    for index, call in enumerate(wrong):
+        with pytest.raises(ValueError):
+            call()
+            pytest.fail(f"number {index} was taken")
+    beside = torch.tensor([0, 2])
+    with pytest.raises(IndexError, match="rows from 0 to 1"):
+        Devices(torch.zeros(2, 80), beside, None)
+    with pytest.raises(IndexError, match="rows from 0 to 1"):
+        Recording(torch.zeros(2, 80), rows=beside)
 
 
 def test_a_device_computes_without_transformers_and_peft(tmp_path):
@@ -314,6 +349,40 @@ def test_a_device_computes_without_transformers_and_peft(tmp_path):
     ).stdout.splitlines()
 
     assert said[-1] == "[]"
+
+
+def test_a_cache_grows_only_where_no_gradient_is_taken_and_layer_by_layer():
+    cache, heads = KeyValueCache(), torch.ones(1, 2, 3, 4)
+
+    with pytest.raises(IndexError, match="those below it come first"):
+        cache.extended(1, heads, heads)
+    cache.extended(0, heads, heads)
+    assert cache.length == 0
+    with torch.no_grad():
+        cache.extended(0, heads, heads)
+        assert cache.length == 3
+    assert cache.extended(0, heads, heads)[0].shape[2] == 6 and cache.length == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_is_used_before_the_next_one_is_asked_for(way, compiled_kernel, tmp_path, monkeypatch):
+    """Dequantised weights share their memory: here the last one is spoilt as soon as another is asked for."""
+    path = tiny_llama.write_gguf(tmp_path / "tiny.gguf")
+    base = load_base(BaseSection(path=path, compute_dtype="float32"), tmp_path / "cache", lambda note: None)
+    model = tiny_llama.with_random_adapter(LoraModel(base, a_shape(), checkpointing=True))
+    examples, held = tiny_llama.examples((9, 14)), []
+
+    def spoiling(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
+        for weight in held:
+            weight.fill_(torch.nan)
+        held[:] = [dequantise(packed, dtype).clone()]
+        return held[0]
+
+    with computed(way, compiled_kernel):
+        expected = model.example_gradients(examples).gradients.clone()
+        dequantise = PackedMatrix.transposed
+        monkeypatch.setattr(PackedMatrix, "transposed", spoiling)
+        assert torch.equal(model.example_gradients(examples).gradients, expected)
 
 
 def test_layers_need_a_kernel_and_its_numbers(compiled_kernel):

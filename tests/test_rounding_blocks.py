@@ -201,3 +201,17 @@ def test_words_drawn_in_pieces_are_those_drawn_at_once(first: int, second: int) 
     scratch = np.empty(second + noise.SPARE_WORDS, np.uint64)
     together = np.concatenate([pieces.uint64(first), pieces.uint64(second, scratch)])
     np.testing.assert_array_equal(together, whole.uint64(first + second))
+
+
+def test_a_unit_of_another_size_never_enters_a_sum() -> None:
+    """Coordinates that it lacks would be those of whatever the memory held before."""
+    total = encoding.IntegerSum(4, 1.0, 100.0, RandomStream.seeded(1))
+    for size in (2, 3, 5):
+        with pytest.raises(UpdateError, match=f"expected a unit of 4 coordinates, got {size}"):
+            total.add((np.ones(size), 1.0))
+    assert not total.integers.any()
+
+
+def test_a_unit_that_is_past_its_bound_by_a_floats_last_digit_is_refused() -> None:
+    with pytest.raises(UpdateError, match="clip it first"):
+        encoding.round_stochastically(np.ones(3), 1.0, math.sqrt(3), RandomStream.seeded(1))

@@ -99,7 +99,7 @@ def _read_shape(folder: Path) -> LoraShape:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise StateError(f"{folder} holds no adapter: {CONFIG_FILE} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelMismatchError(f"{path} does not describe a LoRA adapter")
@@ -111,9 +111,10 @@ def _read_shape(folder: Path) -> LoraShape:
         if value != defaults.get(key):
             raise ModelMismatchError(f"{path}: {key} is set; only plain LoRA is supported")
     rank: Any = config.get("r")
-    alpha, targets, layers = (config.get(key) for key in _READ[1:])
+    alpha: Any = config.get("lora_alpha")
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
-    if not (_is_count(rank) and rank >= 1 and isinstance(alpha, int | float) and np.isfinite(alpha) and alpha > 0):
+    if not (_is_count(rank) and rank >= 1 and type(alpha) in (int, float) and np.isfinite(alpha) and alpha > 0):
         raise ModelMismatchError(f"{path}: r must be a positive integer and lora_alpha a positive number")
     if not isinstance(targets, list) or not targets or not all(_is_module_name(target) for target in targets):
         raise ModelMismatchError(f"{path}: target_modules must be a list of plain module names, such as v_proj")

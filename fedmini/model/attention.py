@@ -42,7 +42,7 @@ class Rotations:
         end = first + length
         if self._table is None or len(self._table) < end or self._table.device != device:
             turns = 1.0 / (self._base ** (torch.arange(0, self._head_dim, 2, dtype=torch.float32) / self._head_dim))
-            angles = torch.arange(max(end, LONGEST), dtype=torch.float32)[:, None] * turns
+            angles = torch.arange(max(2 * end, LONGEST), dtype=torch.float32)[:, None] * turns
             self._table = torch.stack((angles.cos(), angles.sin()), dim=1).to(device)
         return Places(self._table, first, length)
 
@@ -59,6 +59,8 @@ class KeyValueCache:
 
     def extended(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values behind those of a layer; where no gradient is taken, the cache then holds them all."""
+        if index > len(self.layers):
+            raise IndexError(f"layer {index} of a cache of {len(self.layers)}: those below it come first")
         if index < len(self.layers):
             old_key, old_value = self.layers[index]
             key, value = torch.cat((old_key, key), dim=2), torch.cat((old_value, value), dim=2)

@@ -243,6 +243,7 @@ def _turning(places: attention.Places | None) -> tuple[torch.Tensor | None, int]
 
 def _transposed(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """A frozen layer's weight, (num_inputs, num_outputs); valid until the next one is asked for."""
+    assert linear.bias is None, "a Llama's layers have no bias"
     if isinstance(linear, PackedLinear):
         return linear.transposed(dtype)
     return cast(torch.Tensor, linear.weight).t()

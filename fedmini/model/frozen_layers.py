@@ -114,6 +114,7 @@ class FrozenLayers:
         flat = torch.frombuffer(bytearray(content), dtype=self._dtype)
         return flat.view(length, -1).to(self._accelerator)
 
+    @torch.no_grad()
     def _computed(self, tokens: torch.Tensor) -> torch.Tensor:
         """By the layers themselves, from this example alone; those above are passed by."""
         heard: list[torch.Tensor] = []
@@ -151,7 +152,8 @@ class FrozenLayers:
 def _programs(causal: Causal) -> str:
     """Whose versions decide what layers say, digit by digit."""
     if isinstance(causal, Llama):
-        return f"torch {torch.__version__} llama {llama.REVISION} {native.current() is not None}"
+        kernel = native.current()
+        return f"torch {torch.__version__} llama {llama.REVISION} {kernel and kernel.revision}"
     import transformers
 
     return f"torch {torch.__version__} transformers {transformers.__version__}"

@@ -16,6 +16,12 @@ from torch import nn
 from fedmini.errors import ConfigError
 
 
+def _check_indices(indices: torch.Tensor, limit: int) -> None:
+    """Raise IndexError for one beside the rows: a kernel would write there."""
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < limit:
+        raise IndexError(f"expected rows from 0 to {limit - 1}, got {int(indices.min())} to {int(indices.max())}")
+
+
 @dataclass(frozen=True, slots=True)
 class Devices:
     """Whose example is whose, where each device computes with an adapter of its own."""
@@ -24,6 +30,9 @@ class Devices:
     owners: torch.Tensor  # (num_examples,), int64: the device of each example, in order
     # How many examples each device has, where it is as many for all: one matrix product for a device, not for an example.
     num_each: int | None
+
+    def __post_init__(self) -> None:
+        _check_indices(self.owners, len(self.adapters))
 
     def part(self, place: int, weight: torch.Tensor) -> torch.Tensor:
         """The devices' values of a tensor whose coordinates begin at `place`: one for each group of `split`."""
@@ -44,6 +53,10 @@ class Recording:
     flat: torch.Tensor  # (num_rows, num_parameters), float32
     devices: Devices | None = None  # None: every example is computed with the model's own adapter
     rows: torch.Tensor | None = None  # (num_examples,), int64; where there are devices, an example's is its owner's
+
+    def __post_init__(self) -> None:
+        if self.rows is not None:
+            _check_indices(self.rows, len(self.flat))
 
     def add(self, place: int, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
         """Add left^T right of each example, times the factor: (n, t, rows), (n, t, columns) -> (rows, columns) each."""

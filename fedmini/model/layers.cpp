@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <vector>
 
@@ -120,7 +121,7 @@ Floats only(Floats floats, int64_t count, float other) {
   return lanes < static_cast<int32_t>(std::min(count, kLanes)) ? floats : all(other);
 }
 
-// e^x to two units in the last place, 0 far below zero. The polynomial is that of the Cephes library's expf.
+// e^x to two units in the last place, between e^-87 and e^88. The polynomial is that of the Cephes library's expf.
 Floats exp(Floats x) {
   x = x < -87.0f ? all(-87.0f) : x;  // so that what is no number stays none
   x = x > 88.0f ? all(88.0f) : x;
@@ -146,13 +147,18 @@ void for_each(int64_t count, int64_t numbers_each, Task task) {
   });
 }
 
-// Calls `task(pointer)` with the pointers' own type.
+// Calls `task(pointer)` with the pointers' own type. Gives 1 where memory ran out, else 0: nothing may be thrown through C.
 template <class Task>
-void typed(int64_t is_bfloat16, Task task) {
-  if (is_bfloat16) {
-    task(static_cast<uint16_t*>(nullptr));
-  } else {
-    task(static_cast<float*>(nullptr));
+int64_t typed(int64_t is_bfloat16, Task task) noexcept {
+  try {
+    if (is_bfloat16) {
+      task(static_cast<uint16_t*>(nullptr));
+    } else {
+      task(static_cast<float*>(nullptr));
+    }
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
   }
 }
 
@@ -412,18 +418,18 @@ void for_each_piece(int64_t num_examples, int64_t length, int64_t numbers_a_toke
 
 }  // namespace
 
-extern "C" void norm_forward(const void* x, const void* weight, void* out, float* scales, int64_t num_rows, int64_t size,
+extern "C" int64_t norm_forward(const void* x, const void* weight, void* out, float* scales, int64_t num_rows, int64_t size,
                              float epsilon, int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       norm_row(as(type, x) + row * size, as(type, weight), as(type, out) + row * size, scales + row, size, epsilon);
     });
   });
 }
 
-extern "C" void norm_backward(const void* gradient, const void* x, const void* weight, const float* scales,
+extern "C" int64_t norm_backward(const void* gradient, const void* x, const void* weight, const float* scales,
                               const void* past, void* to_x, int64_t num_rows, int64_t size, int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       const auto* beside = past == nullptr ? nullptr : as(type, past) + row * size;
       norm_row_backward(as(type, gradient) + row * size, as(type, x) + row * size, as(type, weight), scales[row], beside,
@@ -433,10 +439,10 @@ extern "C" void norm_backward(const void* gradient, const void* x, const void* w
 }
 
 // (examples, length, heads * head size) to (examples, heads, length, head size), or back; `table` is (positions, 2, half).
-extern "C" void turn_heads(const void* from, void* to, const float* table, int64_t first, int64_t num_examples,
+extern "C" int64_t turn_heads(const void* from, void* to, const float* table, int64_t first, int64_t num_examples,
                            int64_t length, int64_t num_heads, int64_t head_size, int64_t is_back, int64_t is_bfloat16) {
   const int64_t half = head_size / 2;
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_examples * length, num_heads * head_size, [&](int64_t index) {
       const int64_t example = index / length, place = index % length;
       const float* angles = table == nullptr ? nullptr : table + (first + place) * head_size;
@@ -452,9 +458,9 @@ extern "C" void turn_heads(const void* from, void* to, const float* table, int64
 }
 
 // Rows of `size` scores, whose query is the row modulo `length`, behind `prefix` tokens that all see.
-extern "C" void softmax_forward(const void* scores, void* out, int64_t num_rows, int64_t length, int64_t size,
+extern "C" int64_t softmax_forward(const void* scores, void* out, int64_t num_rows, int64_t length, int64_t size,
                                 float scaling, int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       thread_local std::vector<float> powers;
       powers.resize(size + kLanes);
@@ -464,9 +470,9 @@ extern "C" void softmax_forward(const void* scores, void* out, int64_t num_rows,
   });
 }
 
-extern "C" void softmax_backward(const void* scores, void* gradient, void* out, int64_t num_rows, int64_t length,
+extern "C" int64_t softmax_backward(const void* scores, void* gradient, void* out, int64_t num_rows, int64_t length,
                                  int64_t size, float scaling, int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       thread_local std::vector<float> powers;
       powers.resize(size + kLanes);
@@ -476,9 +482,9 @@ extern "C" void softmax_backward(const void* scores, void* gradient, void* out, 
   });
 }
 
-extern "C" void gate_forward(const void* gate, const void* up, void* out, int64_t num_rows, int64_t size,
+extern "C" int64_t gate_forward(const void* gate, const void* up, void* out, int64_t num_rows, int64_t size,
                              int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       const auto *gates = as(type, gate) + row * size, *ups = as(type, up) + row * size;
       auto* outs = as(type, out) + row * size;
@@ -490,9 +496,9 @@ extern "C" void gate_forward(const void* gate, const void* up, void* out, int64_
   });
 }
 
-extern "C" void gate_backward(const void* gradient, const void* gate, const void* up, void* to_gate, void* to_up,
+extern "C" int64_t gate_backward(const void* gradient, const void* gate, const void* up, void* to_gate, void* to_up,
                               int64_t num_rows, int64_t size, int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       const int64_t first = row * size;
       for (int64_t at = 0; at < size; at += kLanes) {
@@ -506,9 +512,9 @@ extern "C" void gate_backward(const void* gradient, const void* gate, const void
   });
 }
 
-extern "C" void loss_forward(void* logits, const int64_t* targets, float* losses, int64_t num_rows, int64_t size,
+extern "C" int64_t loss_forward(void* logits, const int64_t* targets, float* losses, int64_t num_rows, int64_t size,
                              int64_t is_bfloat16) {
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_rows, size, [&](int64_t row) {
       losses[row] = loss_row(as(type, logits) + row * size, size, targets[row]);
     });
@@ -516,10 +522,10 @@ extern "C" void loss_forward(void* logits, const int64_t* targets, float* losses
 }
 
 // (examples, length, size) times each example's weight: to float32 (examples, length, rank).
-extern "C" void lora_down(const void* x, const Lora* lora, float* out, int64_t num_examples, int64_t length,
+extern "C" int64_t lora_down(const void* x, const Lora* lora, float* out, int64_t num_examples, int64_t length,
                           int64_t is_bfloat16) {
-  const Rows rows(*lora);
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
+    const Rows rows(*lora);
     for_each_piece(num_examples, length, lora->size * lora->rank, [&](int64_t example, int64_t token, int64_t count) {
       for (int64_t eight = 0; eight < rows.padded_rank; eight += kRanks) {
         down_eight(as(type, x) + token * lora->size, rows.of(example) + eight * rows.padded_size, rows.padded_size,
@@ -531,10 +537,10 @@ extern "C" void lora_down(const void* x, const Lora* lora, float* out, int64_t n
 }
 
 // Adds to (examples, length, size) the factor times `hidden`, (examples, length, rank), times each example's weight.
-extern "C" void lora_up(void* y, const float* hidden, const Lora* lora, float factor, int64_t num_examples,
+extern "C" int64_t lora_up(void* y, const float* hidden, const Lora* lora, float factor, int64_t num_examples,
                         int64_t length, int64_t is_bfloat16) {
-  const Rows rows(*lora);
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
+    const Rows rows(*lora);
     for_each_piece(num_examples, length, lora->size * lora->rank, [&](int64_t example, int64_t token, int64_t count) {
       up_rows(as(type, y) + token * lora->size, rows.of(example), rows, lora->size, count,
               hidden + token * lora->rank, lora->rank, factor);
@@ -544,12 +550,12 @@ extern "C" void lora_up(void* y, const float* hidden, const Lora* lora, float fa
 
 // Adds the factor times hidden^T wide, over an example's tokens, to the row of `flat` that is the example's: as (rank, size),
 // or (size, rank) where it is upright. `wide` is (examples, length, size), `hidden` (examples, length, rank).
-extern "C" void lora_outer(const void* wide, const float* hidden, float* flat, int64_t row_stride, const int64_t* rows,
+extern "C" int64_t lora_outer(const void* wide, const float* hidden, float* flat, int64_t row_stride, const int64_t* rows,
                            int64_t rank, int64_t size, int64_t is_upright, float factor, int64_t num_examples,
                            int64_t length, int64_t is_bfloat16) {
   constexpr int64_t kWidth = 2 * kLanes;
   const int64_t num_blocks = (size + kWidth - 1) / kWidth;
-  typed(is_bfloat16, [&](auto* type) {
+  return typed(is_bfloat16, [&](auto* type) {
     for_each(num_blocks, num_examples * length * kWidth, [&](int64_t block) {
       const int64_t first = block * kWidth, left = std::min(kWidth, size - first);
       const int64_t num_lower = std::min(kLanes, left), num_upper = std::max<int64_t>(0, left - kLanes);

@@ -74,7 +74,10 @@ class LlamaBody(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, past_key_values: KeyValueCache | None = None, use_cache: bool = False
     ) -> BodyOutput:
-        """(examples, length) token ids behind what the cache holds, which grows by them where no gradient is taken."""
+        """(examples, length) token ids behind what the cache holds, which grows by them where no gradient is taken.
+
+        `use_cache` is transformers', and changes nothing here.
+        """
         first = past_key_values.length if past_key_values is not None else 0
         places = self._rotations.of(first, input_ids.shape[1], input_ids.device)
         hidden = self.embed_tokens(input_ids)

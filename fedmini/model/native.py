@@ -38,6 +38,7 @@ class Kernel:
     """
 
     def __init__(self, path: Path) -> None:
+        self.revision = path.parent.name  # sources, flags, torch
         try:
             library = ctypes.CDLL(str(path))
             self._columns, self._rows = library.dequantise_columns, library.dequantise_rows

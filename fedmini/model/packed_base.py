@@ -40,6 +40,10 @@ def repack(path: Path, folder: Path) -> Mapping[str, Any]:
         quantizations[tensor.name] = tensor.quantization
         if tensor.quantization in ("F16", "F32"):
             weights[tensor.name] = torch.from_numpy(tensor.data.copy())
+        elif tensor.data.ndim != 2:
+            raise ConfigError(
+                f"{path}: {tensor.name} is a norm in {tensor.quantization}; only F32 and F16 norms are read"
+            )
         elif tensor.name in (EMBEDDING, HEAD):
             weights[tensor.name] = pack_rows(tensor.quantization, tensor.data)
         else:

@@ -1,6 +1,7 @@
 """A base's tokenizer and chat template, as transformers saved them, without importing transformers where that isn't needed."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -56,12 +57,13 @@ def load(folder: Path) -> Tokenizer:
 
 
 class SavedTokenizer:
-    """Gives the tokens and texts that transformers' tokenizer over the same files gives."""
+    """Gives the tokens and texts that transformers' tokenizer over the same files gives. Safe from several threads."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, names: Mapping[str, str | None], chat_template: str | None
     ) -> None:
         self.backend_tokenizer, self.chat_template = backend, chat_template
+        self._lock = threading.Lock()
         self._names = {key: name for key, name in names.items() if name is not None}
         self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = (
             None if (name := names.get(f"{role}_token")) is None else backend.token_to_id(name) for role in _ROLES
@@ -87,11 +89,12 @@ class SavedTokenizer:
         **options: Any,
     ) -> Mapping[str, Any]:
         """{"input_ids": ...} of a text, or of each of several. Split: a control token in a text is text."""
-        self.backend_tokenizer.encode_special_tokens = split_special_tokens
-        if isinstance(text, str):
-            return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
-        found = self.backend_tokenizer.encode_batch(list(text), add_special_tokens=add_special_tokens)
-        return {"input_ids": [one.ids for one in found]}
+        texts = [text] if isinstance(text, str) else list(text)
+        with self._lock:  # what is set is the tokenizer's, and so every thread's
+            self.backend_tokenizer.encode_special_tokens = split_special_tokens
+            found = self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        ids = [one.ids for one in found]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
     def apply_chat_template(
         self,
@@ -130,13 +133,26 @@ class SavedTokenizer:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
-        environment.globals["dict"] = lambda *items, **named: dict(*items, **named)
+        environment.globals["dict"] = _Dict()
         environment.globals["namespace"] = _namespace()
         return environment.from_string(str(self.chat_template))
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+class _Dict:
+    """What a template may do with `dict`."""
+
+    def __call__(self, *items: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*items, **named)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        """As dict's own."""
+        return dict.fromkeys(keys, value)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

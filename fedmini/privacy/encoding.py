@@ -83,11 +83,16 @@ class IntegerSum:
 
         A factor of 0 makes a part zeros, whatever is in it. The unit is rounded as `round_stochastically` says.
         """
+        if (size := sum(coordinates.size for coordinates, _ in parts)) != self._total.size:
+            raise UpdateError(f"expected a unit of {self._total.size} coordinates, got {size}")
         for _ in range(MAX_REDRAWS):
             if self._add_rounded(parts, self._round) <= self._largest_square:
                 break
         else:
-            self._add_rounded(parts, np.trunc)
+            if (
+                self._add_rounded(parts, np.trunc) > self._largest_square
+            ):  # by the last digit of a float: not of a clipped unit
+                raise UpdateError("a vector that rounds past its bound even towards zero: clip it first")
         self._total, self._with_next = self._with_next, self._total
 
     def _add_rounded(
@@ -106,7 +111,6 @@ class IntegerSum:
             stop = start + scaled.size
             np.add(self._total[start:stop], rounded, out=self._with_next[start:stop])
             start = stop
-        assert start == self._total.size
         return square
 
     def _scaled_blocks(self, parts: Sequence[tuple[NDArray[np.floating[Any]], float]]) -> Iterator[NDArray[np.float64]]:

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from cohort_measures import dense_copy
+from linear_measures import with_kernel
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -18,7 +20,8 @@ from transformers import LlamaForCausalLM
 
 from fedmini import local
 from fedmini.config import BaseSection
-from fedmini.model.loading import load_base
+from fedmini.model import packed_base
+from fedmini.model.loading import Base, load_base
 from fedmini.model.lora import LoraModel
 from fedmini.privacy.noise import RandomStream
 from fedmini.types import EncodedExample, LocalPlan, LoraShape, UnitPlan
@@ -33,6 +36,8 @@ Work = Callable[[], object]
 def steps(cache_dir: Path, batch_size: int, num_tokens: int) -> dict[str, Work]:
     """One step of each: "private", "shared", "plain" and "opacus" on the packed base; the others stand on a dense one.
 
+    "dense" is "plain" on dense weights; "plain, torch" and "dense, torch" are the same without compiled kernels.
+
     "private" is all that a device does in a local step, with integer rounding and exact noise; "shared" the same where the
     noise is drawn once a round, apart; "opacus" is Opacus's own optimizer, in floats, over fedmini's gradients.
     "default" is PEFT with A and B trained and transformers' own loss; "hooks" and "ghost" are Opacus over that.
@@ -41,11 +46,14 @@ def steps(cache_dir: Path, batch_size: int, num_tokens: int) -> dict[str, Work]:
     torch.set_num_threads(1)
     base = load_base(BaseSection(name="smollm2-135m-q4", compute_dtype="bfloat16"), cache_dir, print)
     tokens = torch.randint(0, 49_000, (batch_size, num_tokens), generator=torch.Generator().manual_seed(0))
-    packed = LoraModel(base, SHAPE)
+    packed, dense = LoraModel(base, SHAPE), LoraModel(_dense(base), SHAPE)
     return {
         "private": _device(packed, tokens, lambda model, run: local.train_adapter(model.parameters(), run, UNIT)),
         "shared": _device(packed, tokens, lambda model, run: local.sum_gradients(model.parameters(), run, UNIT, 0)),
-        "plain": _device(packed, tokens, lambda model, run: local.train_adapter(model.parameters(), run, None)),
+        "plain": _device(packed, tokens, _plain),
+        "dense": _device(dense, tokens, _plain),
+        "plain, torch": with_kernel(None, _device(packed, tokens, _plain)),
+        "dense, torch": with_kernel(None, _device(dense, tokens, _plain)),
         "opacus": _opacus(packed, tokens),
         "default": _default(_peft(dense_copy(base)), tokens),
         "hooks": _hooks(_peft(dense_copy(base)), tokens),
@@ -66,6 +74,22 @@ def _device(
     plan = LocalPlan(1, 1.0, float(size), 1e-4, "sgd", length, detach_prefix=False)
     run = local.LocalRun(_examples(tokens), plan, size, partial(RandomStream.seeded, 1))
     return lambda: local.run_alone(model, steps_of(model, run))
+
+
+def _plain(model: LoraModel, run: local.LocalRun) -> local.Steps[Any]:
+    return local.train_adapter(model.parameters(), run, None)
+
+
+def _dense(base: Base) -> Base:
+    """The same model over dense weights in the type that it computes in."""
+    weights = {
+        f"{name}.weight": packed_base.dequantized(part.packed).to(base.compute_dtype).clone()
+        for name, part in base.module.named_modules()
+        if hasattr(part, "packed") and name != "lm_head"  # which shares the embedding's
+    }
+    weights |= {name: parameter.detach() for name, parameter in base.module.named_parameters()}
+    config = base.module.config.to_dict()
+    return replace(base, module=packed_base.build_module(config, weights, base.compute_dtype, base.accelerator))
 
 
 def _opacus(model: LoraModel, tokens: torch.Tensor) -> Work:
