@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedmini.errors import ConfigError
-from fedmini.model import compiling, layer_kernels, plain
+from fedmini.model import compiling, kernel_check, plain
 from fedmini.model.blocks import Blocks, Levels
 from fedmini.model.layer_kernels import DTYPES, LayerKernels
 
@@ -47,7 +47,7 @@ class Kernel:
             raise ConfigError(f"can't load {path}: {error}") from error
         for function in (self._columns, self._rows):
             function.argtypes, function.restype = (ctypes.POINTER(_Packed), ctypes.c_void_p, ctypes.c_int64), None
-        if not (_agrees_with_plain_torch(self) and layer_kernels.agrees_with_plain_torch(self.layers)):
+        if not (_agrees_with_plain_torch(self) and kernel_check.agrees_with_plain_torch(self.layers)):
             raise ConfigError(f"{path} gives other numbers than plain torch")
 
     def columns(self, blocks: Blocks) -> Fill:
