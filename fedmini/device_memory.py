@@ -107,5 +107,6 @@ def _inputs_of(base: Dimensions) -> dict[str, int]:
 def _at_once(base: Dimensions, step: Step) -> int:
     """The logits, the piece of the head and the dequantised layer that are there when most is kept."""
     logits = step.number_bytes * base.num_words * min(LOGITS_TOKENS, step.batch_size * step.length)
-    piece = step.number_bytes * min(PIECE_WORDS, base.num_words) * base.hidden_size
+    is_whole = step.batch_size * step.length > LOGITS_TOKENS
+    piece = step.number_bytes * (base.num_words if is_whole else min(PIECE_WORDS, base.num_words)) * base.hidden_size
     return logits + piece + step.number_bytes * base.hidden_size * base.inner_size

@@ -11,6 +11,7 @@ from torch import nn
 from fedmini.model import native
 from fedmini.model.layer_kernels import DTYPES
 from fedmini.model.packed_layers import PackedHead
+from fedmini.model.packing import PackedRows
 from fedmini.model.runtime import PIECE_WORDS
 from fedmini.model.scratch import scratch
 from fedmini.types import EncodedExample
@@ -57,26 +58,40 @@ def batch_of(examples: Sequence[EncodedExample], accelerator: torch.device) -> T
 def target_losses(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module, chunk_tokens: int) -> torch.Tensor:
     """-log p(target) in nats, float32 (num_targets,), from hidden states (num_targets, hidden_size).
 
-    Logits of at most `chunk_tokens` positions exist at once. The softmax is in float32. A packed head is dequantised in
-    pieces, for the logits and again for the gradient; it is never there as a whole where there is a compiled kernel.
+    Logits of at most `chunk_tokens` positions exist at once. The softmax is in float32. Where that is enough for all, a
+    packed head is dequantised in pieces, for the logits and again for the gradient; where it isn't, or where there is no
+    compiled kernel, as a whole and once.
     """
     losses: torch.Tensor = _TargetLosses.apply(hidden, targets, head, chunk_tokens)  # type: ignore[no-untyped-call]
     return losses
 
 
-def _pieces(head: nn.Module, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Some rows of the head and their weights; each valid until the next is asked for."""
-    if not isinstance(head, PackedHead):
-        yield slice(None), cast(torch.Tensor, head.weight).to(dtype)
-        return
-    packed = head.packed
-    num_words, hidden_size = packed.shape
-    # Plain torch dequantises so slowly that once has to do for both passes.
-    num_rows = PIECE_WORDS if native.current() is not None else num_words
-    for start in range(0, num_words, num_rows):
-        rows = slice(start, min(start + num_rows, num_words))
-        place = scratch("head", (rows.stop - start, hidden_size), dtype, packed.values.device)
-        yield rows, packed.part(rows).dense(dtype, place)
+class _Head:
+    """A head's weights in one type: its rows, as a whole or in pieces."""
+
+    def __init__(self, head: nn.Module, dtype: torch.dtype, is_whole: bool) -> None:
+        self._dtype = dtype
+        self._packed: PackedRows | None = None
+        self._whole: torch.Tensor | None = None
+        if isinstance(head, PackedHead):
+            self._packed, self.num_words = head.packed, head.out_features
+            self._whole = self._dense(self._packed) if is_whole else None
+        else:
+            self._whole = cast(torch.Tensor, head.weight).to(dtype)
+            self.num_words = len(self._whole)
+
+    def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows and their weights; each valid until the next is asked for."""
+        if self._whole is not None:
+            yield slice(0, self.num_words), self._whole
+            return
+        assert self._packed is not None
+        for start in range(0, self.num_words, PIECE_WORDS):
+            rows = slice(start, min(start + PIECE_WORDS, self.num_words))
+            yield rows, self._dense(self._packed.part(rows))
+
+    def _dense(self, packed: PackedRows) -> torch.Tensor:
+        return packed.dense(self._dtype, scratch("head", packed.shape, self._dtype, packed.values.device))
 
 
 class _TargetLosses(torch.autograd.Function):
@@ -88,21 +103,22 @@ class _TargetLosses(torch.autograd.Function):
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = _Head(head, hidden.dtype, is_whole=len(hidden) > chunk_tokens or native.current() is None)
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             index = targets[chunk].unsqueeze(1)
             if (kernel := native.current()) is not None and hidden.is_cpu and hidden.dtype in DTYPES:
-                logits = _logits(hidden[chunk], head, hidden.dtype)
+                logits = _logits(hidden[chunk], rows, hidden.dtype)
                 losses[chunk] = kernel.layers.loss(logits, targets[chunk])  # the logits are now their own gradient
             else:
-                logits = _logits(hidden[chunk], head, torch.float32)
+                logits = _logits(hidden[chunk], rows, torch.float32)
                 logits -= logits.amax(dim=1, keepdim=True)
                 chosen = logits.gather(1, index)
                 total = logits.exp_().sum(dim=1, keepdim=True)
                 losses[chunk] = (total.log() - chosen).squeeze(1)
                 logits.div_(total).scatter_add_(1, index, torch.full_like(chosen, -1.0))
             if to_hidden is not None:
-                to_hidden[chunk] = _times_head(logits, head, hidden.dtype)
+                to_hidden[chunk] = _times_head(logits, rows, hidden.dtype)
         ctx.save_for_backward(to_hidden)
         return losses
 
@@ -112,19 +128,21 @@ class _TargetLosses(torch.autograd.Function):
         return to_hidden * gradients[0].to(to_hidden.dtype).unsqueeze(1), None, None, None
 
 
-def _logits(hidden: torch.Tensor, head: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def _logits(hidden: torch.Tensor, head: _Head, dtype: torch.dtype) -> torch.Tensor:
     """(chunk_tokens, vocabulary), rounded to the type of `hidden` and held in `dtype`, in this thread's scratch memory."""
-    num_words = head.out_features if isinstance(head, PackedHead) else len(cast(torch.Tensor, head.weight))
-    logits = scratch("logits", (len(hidden), num_words), dtype, hidden.device)
-    for rows, weight in _pieces(head, hidden.dtype):
-        logits[:, rows] = hidden @ weight.t()
+    logits = scratch("logits", (len(hidden), head.num_words), dtype, hidden.device)
+    for rows, weight in head.pieces():
+        if len(weight) == head.num_words and dtype == hidden.dtype:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            logits[:, rows] = hidden @ weight.t()
     return logits
 
 
-def _times_head(values: torch.Tensor, head: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def _times_head(values: torch.Tensor, head: _Head, dtype: torch.dtype) -> torch.Tensor:
     """float32, (chunk_tokens, hidden_size), from (chunk_tokens, vocabulary)."""
     total: torch.Tensor | None = None
-    for rows, weight in _pieces(head, dtype):
+    for rows, weight in head.pieces():
         part = (values[:, rows].to(dtype) @ weight).float()
         total = part if total is None else total.add_(part)
     assert total is not None, "a head without words"
