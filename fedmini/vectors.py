@@ -9,9 +9,8 @@ import numpy as np
 from fedmini.errors import UpdateError
 from fedmini.types import Adapter, Template, Vector
 
-BLOCK_SIZE = (
-    2**13
-)  # coordinates at once: as float64 they stay in the processor's cache, and no BLAS starts threads for them
+# Coordinates at once: as float64 they stay in the processor's cache, and no BLAS starts threads for them.
+BLOCK_SIZE = 2**13
 
 
 def num_parameters(template: Template) -> int:

@@ -39,7 +39,8 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.replace_synced(folder / TENSORS_FILE, save(ordered, metadata=header))
-        described = json.dumps(_described(shape, base_name), indent=2, sort_keys=True)
+        about = {"peft_type": "LORA", "base_model_name_or_path": base_name, "inference_mode": True}
+        described = json.dumps(about | peft_settings(shape), indent=2, sort_keys=True)
         files.replace_synced(folder / CONFIG_FILE, described.encode())
     except OSError as error:
         raise StateError(
@@ -47,13 +48,10 @@ def write_adapter(folder: Path, shape: LoraShape, tensors: Adapter, base_name: s
         ) from error
 
 
-def _described(shape: LoraShape, base_name: str) -> dict[str, Any]:
+def peft_settings(shape: LoraShape) -> dict[str, Any]:
     """What PEFT's LoraConfig is made from; it takes its own defaults for the rest."""
     return {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
         "r": shape.lora_rank,
         "lora_alpha": shape.lora_alpha,
         "target_modules": sorted(shape.target_modules),
@@ -104,8 +102,7 @@ def _read_shape(folder: Path) -> LoraShape:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelMismatchError(f"{path} does not describe a LoRA adapter")
     others = {key: value for key, value in config.items() if key not in (*_READ, *_HARMLESS) and value}
-    if config.get("bias") == "none":
-        others.pop("bias", None)
+    others = {key: value for key, value in others.items() if (key, value) != ("bias", "none")}  # its default
     defaults = _defaults_of_peft() if others else {}
     for key, value in others.items():
         if value != defaults.get(key):

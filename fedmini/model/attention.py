@@ -78,10 +78,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     if query.is_cpu and key.shape[2] <= LONGEST and torch.is_grad_enabled():
         answer: torch.Tensor = _CausalAttention.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
         return answer
-    return by_torch(query, key, value, scaling)
+    return _by_torch(query, key, value, scaling)
 
 
-def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+def _by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
     """The same through torch's own kernel."""
     length, num_keys = query.shape[2], key.shape[2]
     is_square = length == num_keys
@@ -96,37 +96,33 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         ctx.scaling = scaling
         ctx.save_for_backward(query, key, value)
-        grouped = _grouped(query, key)
-        probabilities = _probabilities(grouped, _flat(key), scaling, query.shape[2])
-        return (probabilities.to(value.dtype) @ _flat(value)).view(query.shape)
+        queries = grouped(query, key)
+        probabilities = _probabilities(queries, key.flatten(0, 1), scaling, query.shape[2])
+        return (probabilities.to(value.dtype) @ value.flatten(0, 1)).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        grouped, keys, values = _grouped(query, key), _flat(key), _flat(value)
-        gradient = _grouped(gradients[0], key)
-        probabilities = _probabilities(grouped, keys, ctx.scaling, query.shape[2])
+        queries, keys, values = grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
+        gradient = grouped(gradients[0], key)
+        probabilities = _probabilities(queries, keys, ctx.scaling, query.shape[2])
         to_value = probabilities.to(value.dtype).transpose(1, 2) @ gradient
         to_scores = (gradient @ values.transpose(1, 2)).float()
         to_scores -= (to_scores * probabilities).sum(dim=-1, keepdim=True)
         to_scores = to_scores.mul_(probabilities).mul_(ctx.scaling).to(query.dtype)
         to_query = (to_scores @ keys).view(query.shape)
-        to_key = to_scores.transpose(1, 2) @ grouped
+        to_key = to_scores.transpose(1, 2) @ queries
         return to_query, to_key.view(key.shape), to_value.view(value.shape), None
 
 
-def _grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(batch * key heads, heads of a key * length, head_dim)."""
+def grouped(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Queries of one key together: (examples * key heads, heads of a key * length, head_dim)."""
     return query.reshape(key.shape[0] * key.shape[1], -1, query.shape[3])
 
 
-def _flat(heads: torch.Tensor) -> torch.Tensor:
-    return heads.reshape(-1, *heads.shape[2:])
-
-
-def _probabilities(grouped: torch.Tensor, keys: torch.Tensor, scaling: float, length: int) -> torch.Tensor:
+def _probabilities(queries: torch.Tensor, keys: torch.Tensor, scaling: float, length: int) -> torch.Tensor:
     """float32, (batch * key heads, heads of a key * length, prefix + length); zero for what follows."""
-    scores = (grouped @ keys.transpose(1, 2)).float().mul_(scaling)
+    scores = (queries @ keys.transpose(1, 2)).float().mul_(scaling)
     num_keys = keys.shape[1]
     scores.view(len(scores), -1, length, num_keys).masked_fill_(_future(length, num_keys, scores.device), -torch.inf)
     return scores.softmax(dim=-1)

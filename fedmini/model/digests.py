@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,15 +34,13 @@ def weights_digest(tensors: Mapping[str, Callable[[], torch.Tensor]]) -> str:
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 over what decides how text becomes tokens: the tokenizer, its special tokens and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else _vocabulary(tokenizer)
+    rules: dict[str, Any] = (
+        json.loads(backend.to_str()) if backend is not None else dict(cast(Any, tokenizer).get_vocab())
+    )
     for changing in ("padding", "truncation"):  # set by whoever called the tokenizer last
         rules.pop(changing, None)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     return _json_digest({"rules": rules, "ids": ids, "chat_template": tokenizer.chat_template})
-
-
-def _vocabulary(tokenizer: Any) -> dict[str, Any]:
-    return dict(tokenizer.get_vocab())
 
 
 def base_fingerprint(

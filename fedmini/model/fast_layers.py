@@ -11,14 +11,14 @@ from torch import nn
 
 from fedmini.model import attention, native
 from fedmini.model.gradients import LoraLayer
-from fedmini.model.layer_kernels import DTYPES, LayerKernels, LoraWeight
+from fedmini.model.layer_kernels import LayerKernels, LoraWeight
 from fedmini.model.llama_parts import Attention, GatedNetwork, RmsNorm
 from fedmini.model.packed_layers import PackedLinear
 
 
 def can_do(hidden: torch.Tensor) -> bool:
     """Whether there are kernels for these numbers."""
-    return hidden.is_cpu and hidden.dtype in DTYPES and native.current() is not None
+    return native.kernel_for(hidden) is not None
 
 
 def layer(
@@ -197,7 +197,7 @@ class _Attention(torch.autograd.Function):
         kernels = _kernels()
         queries, keys = (kernels.by_head(one, head_dim, *_turning(places)) for one in (query, key))
         values = kernels.by_head(value, head_dim, None, 0)
-        grouped, flat_keys = _grouped(queries, keys)
+        grouped, flat_keys = attention.grouped(queries, keys), keys.flatten(0, 1)
         probabilities = kernels.softmax(grouped @ flat_keys.transpose(1, 2), places.length, scaling)
         heads = probabilities @ values.flatten(0, 1)
         ctx.save_for_backward(queries, keys, values)
@@ -208,8 +208,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, keys, values = ctx.saved_tensors
         kernels, head_dim = _kernels(), queries.shape[-1]
-        grouped, flat_keys = _grouped(queries, keys)
-        gradient = kernels.by_head(gradients[0].contiguous(), head_dim, None, 0).view(grouped.shape)
+        grouped, flat_keys = attention.grouped(queries, keys), keys.flatten(0, 1)
+        gradient = attention.grouped(kernels.by_head(gradients[0].contiguous(), head_dim, None, 0), keys)
         scores = grouped @ flat_keys.transpose(1, 2)
         to_scores = gradient @ values.flatten(0, 1).transpose(1, 2)
         probabilities = kernels.softmax_backward(scores, to_scores, ctx.places.length, ctx.scaling)
@@ -229,12 +229,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _kernels().gate_backward(gradients[0].contiguous(), *ctx.saved_tensors)
-
-
-def _grouped(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries of one key together, (examples * key heads, heads of a key * length, head_dim), and the keys."""
-    flat_keys = keys.flatten(0, 1)
-    return queries.view(len(flat_keys), -1, queries.shape[-1]), flat_keys
 
 
 def _turning(places: attention.Places | None) -> tuple[torch.Tensor | None, int]:

@@ -12,7 +12,6 @@ from torch import nn
 from fedmini.model import llama, native
 from fedmini.model.adaptation import Causal
 from fedmini.model.gradients import LoraLayer
-from fedmini.model.llama import Llama
 from fedmini.model.loading import Base
 from fedmini.model.loss import TokenBatch
 from fedmini.types import EncodedExample
@@ -151,7 +150,7 @@ class FrozenLayers:
 
 def _programs(causal: Causal) -> str:
     """Whose versions decide what layers say, digit by digit."""
-    if isinstance(causal, Llama):
+    if isinstance(causal, llama.Llama):
         kernel = native.current()
         return f"torch {torch.__version__} llama {llama.REVISION} {kernel and kernel.revision}"
     import transformers

@@ -5,6 +5,7 @@ writes it where it is wanted, and the gradient of the batch is never formed. Opa
 with `grad_sample_mode="no_op"`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class GradientRecorder:
             self.recording = None
 
 
-class LoraLayer:
+class LoraLayer(ABC):
     """A linear layer that carries LoRA; while its recorder is on, backward records instead of filling `.grad`.
 
     Row i of the input is example i; the first dimension is the batch. `place_of_a`, `place_of_b`: where the tensors'
@@ -110,24 +111,24 @@ class LoraLayer:
         self.recorder, self.place_of_a, self.place_of_b = recorder, place_of_a, place_of_b
 
     @property
+    @abstractmethod
     def frozen(self) -> nn.Module:
         """The layer that is adapted."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def a(self) -> nn.Parameter:
         """(lora_rank, num_inputs)"""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def b(self) -> nn.Parameter:
         """(num_outputs, lora_rank)"""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def factor(self) -> float:
         """What the product of the two tensors is multiplied with."""
-        raise NotImplementedError
 
     def recorded(self, x: torch.Tensor) -> torch.Tensor | None:
         """The answer whose backward records; None where nothing is recorded. Ends the step where `check` raises."""
@@ -150,9 +151,8 @@ class LoraLinear(LoraLayer, nn.Module):
     def __init__(self, frozen: nn.Linear, lora_rank: int, factor: float) -> None:
         nn.Module.__init__(self)
         self.base_layer = frozen
-        device = next(iter((*frozen.parameters(), *frozen.buffers()))).device
-        self.lora_A = nn.Linear(frozen.in_features, lora_rank, bias=False, device=device)
-        self.lora_B = nn.Linear(lora_rank, frozen.out_features, bias=False, device=device)
+        self.lora_A = nn.Linear(frozen.in_features, lora_rank, bias=False)
+        self.lora_B = nn.Linear(lora_rank, frozen.out_features, bias=False)
         self._factor = factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

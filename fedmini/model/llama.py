@@ -28,7 +28,7 @@ class CausalOutput:
 
 
 class Llama(nn.Module):
-    """A causal language model. Raises RuntimeError where a weight is still missing: packed_base puts them in."""
+    """A causal language model, whose numbers packed_base puts in."""
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
         super().__init__()

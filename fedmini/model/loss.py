@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fedmini.model import native
-from fedmini.model.layer_kernels import DTYPES
 from fedmini.model.packed_layers import PackedHead
 from fedmini.model.packing import PackedRows
 from fedmini.model.runtime import PIECE_WORDS
@@ -106,17 +105,18 @@ class _TargetLosses(torch.autograd.Function):
         rows = _Head(head, hidden.dtype, is_whole=len(hidden) > chunk_tokens or native.current() is None)
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            index = targets[chunk].unsqueeze(1)
-            if (kernel := native.current()) is not None and hidden.is_cpu and hidden.dtype in DTYPES:
+            if (kernel := native.kernel_for(hidden)) is not None:
                 logits = _logits(hidden[chunk], rows, hidden.dtype)
                 losses[chunk] = kernel.layers.loss(logits, targets[chunk])  # the logits are now their own gradient
             else:
                 logits = _logits(hidden[chunk], rows, torch.float32)
                 logits -= logits.amax(dim=1, keepdim=True)
+                index = targets[chunk].unsqueeze(1)
                 chosen = logits.gather(1, index)
                 total = logits.exp_().sum(dim=1, keepdim=True)
                 losses[chunk] = (total.log() - chosen).squeeze(1)
-                logits.div_(total).scatter_add_(1, index, torch.full_like(chosen, -1.0))
+                if to_hidden is not None:
+                    logits.div_(total).scatter_add_(1, index, torch.full_like(chosen, -1.0))
             if to_hidden is not None:
                 to_hidden[chunk] = _times_head(logits, rows, hidden.dtype)
         ctx.save_for_backward(to_hidden)

@@ -153,6 +153,11 @@ def current() -> Kernel | None:
     return _PROCESS.kernel
 
 
+def kernel_for(numbers: torch.Tensor) -> Kernel | None:
+    """What computes with these numbers; None: plain torch."""
+    return _PROCESS.kernel if numbers.is_cpu and numbers.dtype in DTYPES else None
+
+
 @contextmanager
 def using(kernel: Kernel | None) -> Iterator[None]:
     """Dequantise with that kernel, or with plain torch, in all of this process until the block ends."""

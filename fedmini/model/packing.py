@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from fedmini.model import native, plain
 from fedmini.model.blocks import Blocks, Levels
-from fedmini.model.layer_kernels import DTYPES
 from fedmini.model.scratch import scratch
 
 
@@ -90,7 +89,7 @@ class PackedMatrix:
         """
         num_outputs, num_inputs = self.shape
         out = scratch("weight", (num_inputs, num_outputs), dtype, self.values.device)
-        kernel = native.current() if out.is_cpu and dtype in DTYPES else None
+        kernel = native.kernel_for(out)
         fill = self._fills.get(kernel)
         if fill is None:
             blocks = Blocks(self.values, self.scales, self.minimums, QUANTIZATIONS[self.quantization].levels)
@@ -131,7 +130,7 @@ class PackedRows:
     def dense(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """All rows, rounded once from float32 to `dtype`; in `out`, of that type, or in memory of their own."""
         out = torch.empty(self.shape, dtype=dtype, device=self.values.device) if out is None else out
-        kernel = native.current() if out.is_cpu and dtype in DTYPES else None
+        kernel = native.kernel_for(out)
         fill = partial(plain.rows, self._blocks) if kernel is None else kernel.rows(self._blocks)
         fill(out)
         return out

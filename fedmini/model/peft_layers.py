@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
-from fedmini.model import packed_layers
+from fedmini.model import adapters, packed_layers
 from fedmini.model.gradients import LoraLayer
 from fedmini.types import LoraShape
 
@@ -47,24 +47,11 @@ class RecordingLinear(LoraLayer, Linear):
 
 def adapt(module: "PreTrainedModel", shape: LoraShape, shared: dict[int, Any]) -> PeftModel:
     """A PEFT model over a copy of `module`, whose tensors are shared."""
-    config = lora_config(shape)
+    config = LoraConfig(**adapters.peft_settings(shape))
     config._register_custom_module({nn.Linear: RecordingLinear})
     with packed_layers.only_described(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(copy.deepcopy(module, shared), config, adapter_name=_ADAPTER)
-
-
-def lora_config(shape: LoraShape) -> LoraConfig:
-    """PEFT's description of a shape."""
-    return LoraConfig(
-        r=shape.lora_rank,
-        lora_alpha=shape.lora_alpha,  # type: ignore[arg-type]
-        target_modules=sorted(shape.target_modules),
-        layers_to_transform=None if shape.layers is None else sorted(shape.layers),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def name_in_file(parameter_name: str) -> str:
